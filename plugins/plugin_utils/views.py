@@ -1,0 +1,181 @@
+# Copyright: Contributors to the homelab.inference project
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Derives, from declaration and lock, what each role on each host needs: the views."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from ansible_collections.homelab.inference.plugins.plugin_utils import lab as lab_module
+
+# Role variables that name images; their defaults in the roles are the one place where an image is written down.
+IMAGE_VARIABLES = ("inference_node_images", "litellm_image")
+DEFAULT_TIMEOUT_S = 8
+READY_TIMEOUT_S = 900
+
+
+def tier(node: dict[str, Any]) -> str:
+    """Return the node's tier for health reports (declaration.md: node_tier)."""
+    local = node.get("ansible_connection") == "local" or str(node.get("ansible_host", "")).startswith("127.")
+    return str(node.get("node_tier") or ("local" if local else "remote")).upper()
+
+
+def mirrored(image: str, mirror: str | None) -> str:
+    """Return an image reference behind the lab's mirror; the whole upstream name stays part of the path."""
+    return f"{mirror}/{image}" if mirror else image
+
+
+def planner_nodes(declaration: dict[str, Any], facts: dict[str, dict[str, Any]], catalogue: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return what the planner has to know of each inference node. Declared values stand in where a host gave no facts.
+
+    :param facts: per host that answered C({devices, memory_mib, cpus, library}).
+    """
+    ports = lab_module.service_ports(declaration, catalogue)
+    nodes = {}
+    for host in declaration["groups"]["inference"]:
+        node, found = declaration["nodes"][host], facts.get(host, {})
+        devices = found.get("devices", node.get("node_gpus"))
+        memory = found.get("memory_mib", node.get("node_memory_mib"))
+        if devices is None or memory is None:
+            continue
+        nodes[host] = {
+            "devices": devices,
+            "memory_mib": memory,
+            "cpus": found.get("cpus", node.get("node_cpus")),
+            "runtime": node.get("node_runtime", "docker"),
+            "presence": node.get("node_presence", "always"),
+            "library": found.get("library", []),
+            "ports": sorted(ports.get(host, {})),
+            "reservations": _reserved(declaration, host),
+        }
+    return nodes
+
+
+def _reserved(declaration: dict[str, Any], host: str) -> dict[str, int]:
+    reserved: dict[str, int] = {}
+    for entry in declaration["lab"].get("lab_reservations", {}).get(host, []):
+        where = entry.get("device", "host")
+        reserved[where] = reserved.get(where, 0) + lab_module.mib(entry["memory"])
+    return reserved
+
+
+def declared(declaration: dict[str, Any]) -> dict[str, Any]:
+    """Return the part of the declaration that a plan is made from; the lock keeps it, and is out of date when it differs."""
+    lab = declaration["lab"]
+    return {
+        "inference": declaration["groups"]["inference"],
+        "models": lab.get("lab_models", {}),
+        "services": lab.get("lab_services", {}),
+        "reservations": lab.get("lab_reservations", {}),
+    }
+
+
+def instance_view(instance: dict[str, Any], declaration: dict[str, Any], lock: dict[str, Any]) -> dict[str, Any]:
+    """Return one server as role inference_node takes it."""
+    host, model = instance["node"], lock["models"][instance["model"]]
+    node = declaration["nodes"][host]
+    devices = {device["id"]: device for device in lock["nodes"][host]["devices"]}
+    library = instance["library"]
+    return {
+        "name": instance["name"],
+        "model": instance["model"],
+        "mode": instance["mode"],
+        "backend": instance["backend"],
+        "image": mirrored(lock["images"]["inference_node_images"][instance["backend"]], declaration["lab"].get("lab_registry_mirror")),
+        "devices": [devices[name] for name in instance["devices"]],
+        "port": instance["port"],
+        "address": lab_module.address(node, host),
+        "published_address": "0.0.0.0",
+        "server_options": instance["server_options"],
+        "memory_mib": None,
+        "cpus": None,
+        "ready_timeout": READY_TIMEOUT_S,
+        "volume": "library-" + re.sub(r"[^a-zA-Z0-9_.-]+", "-", library["library"]).strip("-") if library else f"model-{instance['model']}",
+        "model_file": library["path"] if library else model["files"][0]["name"],
+        "library": library["library"] if library else None,
+        "files": [] if library else model["files"],
+    }
+
+
+def gateway(declaration: dict[str, Any], lock: dict[str, Any], catalogue: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the gateway as role litellm takes it, and where it answers; None where the lab declares none of its own."""
+    entry = declaration["lab"].get("lab_services", {}).get("litellm", {})
+    if "node" not in entry:
+        return None
+    host = entry["node"]
+    registry = lab_module.models(declaration)
+    served = {instance["model"] for instance in lock["instances"]}
+    order = lab_module.category_order({name: model for name, model in registry.items() if name in served})
+    deployments = [
+        {
+            "name": instance["model"],
+            "engine": "llamacpp",
+            "model": instance["model"],
+            "api_base": f"http://{lab_module.address(declaration['nodes'][instance['node']], instance['node'])}:{instance['port']}",
+            "mode": instance["mode"],
+            "api_key_env": "LLAMACPP_API_KEY",
+            "id": instance["name"],
+        }
+        for instance in lock["instances"]
+    ]
+    chains = lab_module.fallbacks(registry)
+    fallbacks = {name: [other for other in others if other in served] for name, others in chains.items() if name in served}
+    return {
+        "host": host,
+        "address": lab_module.address(declaration["nodes"][host], host),
+        "port": {**catalogue["litellm"]["ports"], **entry.get("ports", {})}["http"],
+        "image": mirrored(lock["images"]["litellm_image"], declaration["lab"].get("lab_registry_mirror")),
+        "deployments": deployments,
+        "fallbacks": {name: others for name, others in fallbacks.items() if others},
+        "aliases": {category: names[0] for category, names in order.items() if category not in served},
+    }
+
+
+def endpoints(declaration: dict[str, Any], lock: dict[str, Any], catalogue: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return everything whose health is asked for, in the shape of module health_probe."""
+    tiers = declaration["lab"].get("lab_tiers", {})
+
+    def endpoint(name: str, where: str, url: str, kind: str, mode: str = "chat") -> dict[str, Any]:
+        timeout = {key.upper(): entry for key, entry in tiers.items()}.get(where, {}).get("timeout", DEFAULT_TIMEOUT_S)
+        return {"name": f"{where.lower()}/{name}", "url": url, "tier": where, "timeout": timeout, "kind": kind, "mode": mode}
+
+    found = []
+    for instance in lock["instances"]:
+        node = declaration["nodes"][instance["node"]]
+        url = f"http://{lab_module.address(node, instance['node'])}:{instance['port']}"
+        found.append(endpoint(instance["name"], tier(node), url, "llamacpp", instance["mode"]))
+    entry = gateway(declaration, lock, catalogue)
+    if entry:
+        found.append(endpoint("litellm", "GATEWAY", f"http://{entry['address']}:{entry['port']}", "litellm"))
+    return found
+
+
+def views(declaration: dict[str, Any], lock: dict[str, Any] | None, catalogue: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return per host C({roles: [...], docker_host: {...}, inference_node: {...}, litellm: {...}}).
+
+    Without a lock only what the declaration alone says is there: which roles a host has.
+    """
+    services = declaration["lab"].get("lab_services", {})
+    mirror = declaration["lab"].get("lab_registry_mirror")
+    gate = gateway(declaration, lock, catalogue) if lock else None
+    result: dict[str, dict[str, Any]] = {}
+    for host, node in declaration["nodes"].items():
+        docker = node.get("node_runtime", "docker") == "docker"
+        roles = [catalogue[name]["role"] for name, entry in services.items() if entry.get("node") == host and catalogue[name].get("role")]
+        if host in declaration["groups"]["inference"] and docker:
+            roles.append("inference_node")
+        if roles:
+            roles.insert(0, "docker_host")
+        instances = [instance_view(one, declaration, lock) for one in lock["instances"] if one["node"] == host] if lock and docker else []
+        result[host] = {
+            "roles": roles,
+            "tier": tier(node),
+            "address": lab_module.address(node, host),
+            "library": node.get("node_library", []),
+            "docker_host": {"insecure_registries": [mirror.split("/")[0]] if mirror else []},
+            "inference_node": {"instances": instances},
+            "litellm": gate if gate and gate["host"] == host else None,
+        }
+    return result
