@@ -1,0 +1,110 @@
+# Copyright: Contributors to the homelab.inference project
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Reads the declaration of all hosts, validates it and derives every view. The first task of every playbook."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from ansible.errors import AnsibleActionFail, AnsibleError
+from ansible.plugins.action import ActionBase
+
+from ansible_collections.homelab.inference.plugins.plugin_utils import lab, lock, schema, views
+
+COLLECTION = Path(__file__).resolve().parents[2]
+# What else of a host's variables the views need; everything below lab_ and node_ is the declaration itself.
+CONNECTION_WORDS = ("ansible_host", "ansible_port", "ansible_connection")
+
+
+class ActionModule(ActionBase):
+    """The door; the thinking is in plugin_utils."""
+
+    TRANSFERS_FILES = False
+    _requires_connection = False
+
+    def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Return declaration, views, lock and warnings; fail with all problems at once."""
+        result = super().run(tmp, task_vars)
+        self.validate_argument_spec(argument_spec={})
+        hostvars = task_vars["hostvars"]
+        declaration = lab.collect({host: self.words(hostvars, host) for host in hostvars}, dict(task_vars["groups"]))
+        problems, warnings = lab.validate(declaration)
+        if problems:
+            count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+            raise AnsibleActionFail(f"The declaration has {count}; nothing was touched.\n" + "\n".join(f"- {problem}" for problem in problems))
+        catalogue = schema.load("catalogue.yml")
+        path = self.lock_path(declaration, hostvars)
+        known = lock.parse(path.read_text(encoding="utf-8"), str(path)) if path.exists() else None
+        declared, images = views.declared(declaration), self.images(hostvars)
+        stale = lock.differences({**known["declared"], "images": known["images"]}, {**declared, "images": images}) if known else []
+        facts = {host: self.facts(hostvars, host) for host in declaration["groups"]["inference"] + declaration["groups"]["library"]}
+        before = known["nodes"] if known else {}
+        result.update(
+            changed=False,
+            warnings=[*result.get("warnings", []), *warnings],
+            declaration={key: declaration[key] for key in ("lab", "nodes", "groups")},
+            declared=declared,
+            images=images,
+            models=lab.models(declaration),
+            nodes=views.planner_nodes(declaration, {**before, **{host: found for host, found in facts.items() if found}}, catalogue),
+            libraries={host: found["library"] for host, found in facts.items() if found},
+            lock=known,
+            lock_file=str(path),
+            stale=stale,
+            secrets_missing=[name for name in lab.GENERATED_SECRETS if not declaration["secrets"].get(name)],
+            secrets_file=str(self.inventory_dir(hostvars) / "group_vars" / "all" / "secrets.yml"),
+        )
+        if not stale:
+            result["views"] = views.views(declaration, known, catalogue)
+            result["endpoints"] = views.endpoints(declaration, known, catalogue) if known else []
+        return result
+
+    def words(self, hostvars: Any, host: str) -> dict[str, Any]:
+        """Return the host's variables that belong to the declaration, templated."""
+        names = [name for name in hostvars.raw_get(host) if name.startswith(("lab_", "node_")) or name in CONNECTION_WORDS]
+        found = {}
+        for name in names:
+            try:
+                found[name] = hostvars[host][name]
+            except AnsibleError as error:
+                raise AnsibleActionFail(f"Cannot read {name} of host {host}: {error}. Correct the expression in the inventory.") from error
+        return found
+
+    def facts(self, hostvars: Any, host: str) -> dict[str, Any]:
+        """Return what the host said of itself in this run, empty where it was not asked or did not answer."""
+        known = hostvars[host].get("ansible_facts", {})
+        if "inference_gpus" not in known or "memtotal_mb" not in known:
+            return {}
+        # What is in use at this moment is no part of a plan: the next run would plan differently for it.
+        devices = [{key: value for key, value in device.items() if key != "used_mib"} for device in known["inference_gpus"]]
+        return {
+            "devices": devices,
+            "memory_mib": known["memtotal_mb"],
+            "cpus": known.get("processor_vcpus"),
+            "library": known.get("inference_library", []),
+        }
+
+    def images(self, hostvars: Any) -> dict[str, Any]:
+        """Return the image variables: what the inventory says, else the roles' own defaults."""
+        defaults: dict[str, Any] = {}
+        for path in sorted((COLLECTION / "roles").glob("*/defaults/main.yml")):
+            defaults.update(yaml.safe_load(path.read_text(encoding="utf-8")) or {})
+        found = {}
+        for name in views.IMAGE_VARIABLES:
+            own = [hostvars[host][name] for host in hostvars if name in hostvars.raw_get(host)]
+            value = own[0] if own else defaults.get(name)
+            found[name] = {**defaults.get(name, {}), **value} if isinstance(value, dict) else value
+        return found
+
+    @staticmethod
+    def inventory_dir(hostvars: Any) -> Path:
+        """Return the directory of the inventory that the first host comes from."""
+        return Path(next((str(hostvars[host]["inventory_dir"]) for host in hostvars if hostvars[host].get("inventory_dir")), "."))
+
+    def lock_path(self, declaration: dict[str, Any], hostvars: Any) -> Path:
+        """Return the path of the lock; hidden, because Ansible reads every other YAML file beside an inventory as inventory."""
+        declared = declaration["lab"].get("lab_lock_file")
+        return Path(declared) if declared else self.inventory_dir(hostvars) / ".lab.lock.yml"

@@ -1,0 +1,100 @@
+#!/usr/bin/python
+# Copyright: Contributors to the homelab.inference project
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Documentation of the action plugin of the same name."""
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: lab
+short_description: Read, validate and derive the declared lab
+version_added: 0.1.0
+author: homelab.inference contributors (!UNKNOWN)
+description:
+  - Reads C(lab_*) and C(node_*) of all hosts and the groups C(control), C(inference) and C(library), validates the whole of it and
+    derives what each role on each host needs.
+  - Works on the controller alone and contacts no host. All problems are reported in one run, a sentence each.
+  - Where hosts have told facts earlier in the playbook (M(homelab.inference.gpu_facts), memory, model library), these are handed on
+    for planning.
+notes:
+  - Run it once per playbook, with C(run_once), and register the result.
+attributes:
+  action:
+    description: Runs on the controller.
+    support: full
+extends_documentation_fragment:
+  - homelab.inference.attributes
+  - homelab.inference.attributes.info
+seealso:
+  - module: homelab.inference.vram_plan
+"""
+
+EXAMPLES = r"""
+- name: Read the declaration
+  hosts: all
+  gather_facts: false
+  tasks:
+    - name: Read the declaration
+      homelab.inference.lab:
+      register: lab
+      run_once: true
+"""
+
+RETURN = r"""
+declaration:
+  description: What the owner wrote, C(lab), C(nodes) and C(groups), without secrets.
+  type: dict
+  returned: success
+declared:
+  description: The part of it that a plan is made from; the lock keeps it.
+  type: dict
+  returned: success
+images:
+  description: Image references by role variable.
+  type: dict
+  returned: success
+models:
+  description: The registry in normal form, every default filled in, every ladder a list, in the order in which models keep their place.
+  type: dict
+  returned: success
+nodes:
+  description: Per inference node what the planner has to know, sizes in MiB.
+  type: dict
+  returned: success
+libraries:
+  description: Per host the model files that lie there.
+  type: dict
+  returned: success
+lock:
+  description: The lock, or null where there is none yet.
+  type: dict
+  returned: success
+lock_file:
+  description: Path of the lock.
+  type: str
+  returned: success
+stale:
+  description: How the declaration differs from the one that the lock was made for, a sentence each.
+  type: list
+  elements: str
+  returned: success
+views:
+  description: Per host its roles and what each needs.
+  type: dict
+  returned: when the lock fits the declaration, or there is none
+endpoints:
+  description: Everything whose health can be asked for, in the shape of M(homelab.inference.health_probe).
+  type: list
+  elements: dict
+  returned: when the lock fits the declaration, or there is none
+secrets_missing:
+  description: Names of secrets that are to be generated.
+  type: list
+  elements: str
+  returned: success
+secrets_file:
+  description: Path of the file that generated secrets are written to.
+  type: str
+  returned: success
+"""
