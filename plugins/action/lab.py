@@ -28,7 +28,7 @@ class ActionModule(ActionBase):
     def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
         """Return declaration, views, lock and warnings; fail with all problems at once."""
         result = super().run(tmp, task_vars)
-        self.validate_argument_spec(argument_spec={})
+        _valid, args = self.validate_argument_spec(argument_spec={"lock": {"type": "dict"}})
         hostvars = task_vars["hostvars"]
         declaration = lab.collect({host: self.words(hostvars, host) for host in hostvars}, dict(task_vars["groups"]))
         problems, warnings = lab.validate(declaration)
@@ -37,7 +37,7 @@ class ActionModule(ActionBase):
             raise AnsibleActionFail(f"The declaration has {count}; nothing was touched.\n" + "\n".join(f"- {problem}" for problem in problems))
         catalogue = schema.load("catalogue.yml")
         path = self.lock_path(declaration, hostvars)
-        known = lock.parse(path.read_text(encoding="utf-8"), str(path)) if path.exists() else None
+        known = args["lock"] or (lock.parse(path.read_text(encoding="utf-8"), str(path)) if path.exists() else None)
         declared, images = views.declared(declaration), self.images(hostvars)
         stale = lock.differences({**known["declared"], "images": known["images"]}, {**declared, "images": images}) if known else []
         facts = {host: self.facts(hostvars, host) for host in declaration["groups"]["inference"] + declaration["groups"]["library"]}
@@ -60,6 +60,11 @@ class ActionModule(ActionBase):
         if not stale:
             result["views"] = views.views(declaration, known, catalogue)
             result["endpoints"] = views.endpoints(declaration, known, catalogue) if known else []
+            found = {host: self.made(hostvars, host) for host in hostvars}
+            gone = views.goes_away(result["views"], found)
+            there = sum(map(len, found.values()))
+            result["goes_away"] = gone
+            result["most_goes_away"] = sum(map(len, gone.values())) * 2 > there
         return result
 
     def words(self, hostvars: Any, host: str) -> dict[str, Any]:
@@ -84,8 +89,13 @@ class ActionModule(ActionBase):
             "devices": devices,
             "memory_mib": known["memtotal_mb"],
             "cpus": known.get("processor_vcpus"),
-            "library": known.get("inference_library", []),
+            "library": (hostvars[host].get("lab_library") or {}).get("files", []),
         }
+
+    @staticmethod
+    def made(hostvars: Any, host: str) -> list[str]:
+        """Return the names of what we made on a host, as site.yml found it earlier in this run."""
+        return [Path(file["path"]).name.removesuffix(".service") for file in (hostvars[host].get("lab_made") or {}).get("files", [])]
 
     def images(self, hostvars: Any) -> dict[str, Any]:
         """Return the image variables: what the inventory says, else the roles' own defaults."""

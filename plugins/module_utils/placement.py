@@ -229,10 +229,11 @@ def in_place(files: list[dict[str, Any]], library: list[dict[str, Any]]) -> dict
     A file counts as the same when name and size agree, and the digests where both are known.
     """
     for directory in dict.fromkeys(entry["library"] for entry in library):
-        own = {}
+        own: dict[str, dict[str, Any]] = {}
         for entry in library:
             if entry["library"] == directory:
-                own.setdefault(entry["path"].rsplit("/", 1)[-1], entry)
+                for file in entry["shards"] or [entry]:
+                    own.setdefault(file["name"], file)
         found = [own.get(file["name"].rsplit("/", 1)[-1]) for file in files]
         if found and all(entry and _same(file, entry) for file, entry in zip(files, found)):
             return {"library": directory, "path": found[0]["path"]}

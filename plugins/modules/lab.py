@@ -17,6 +17,12 @@ description:
   - Works on the controller alone and contacts no host. All problems are reported in one run, a sentence each.
   - Where hosts have told facts earlier in the playbook (M(homelab.inference.gpu_facts), memory, model library), these are handed on
     for planning.
+options:
+  lock:
+    description:
+      - The lock to derive from. In check mode, where no file is written, this hands the plan to the plays that follow.
+      - By default the file is read, if there is one.
+    type: dict
 notes:
   - Run it once per playbook, with C(run_once), and register the result.
 attributes:
@@ -97,4 +103,12 @@ secrets_file:
   description: Path of the file that generated secrets are written to.
   type: str
   returned: success
+goes_away:
+  description: Per host what was made there earlier and is no longer wanted, as far as the playbook has looked (C(lab_made)).
+  type: dict
+  returned: when the lock fits the declaration, or there is none
+most_goes_away:
+  description: Whether that is more than half of all there is.
+  type: bool
+  returned: when the lock fits the declaration, or there is none
 """

@@ -24,7 +24,12 @@ def tier(node: dict[str, Any]) -> str:
 
 def mirrored(image: str, mirror: str | None) -> str:
     """Return an image reference behind the lab's mirror; the whole upstream name stays part of the path."""
-    return f"{mirror}/{image}" if mirror else image
+    return f"{mirror.removeprefix('http://')}/{image}" if mirror else image
+
+
+def plain_http(mirror: str | None) -> list[str]:
+    """Return the registry that engines have to be told to speak plain HTTP to, as a list of one or none."""
+    return [mirror.removeprefix("http://").split("/")[0]] if mirror and mirror.startswith("http://") else []
 
 
 def planner_nodes(declaration: dict[str, Any], facts: dict[str, dict[str, Any]], catalogue: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -174,8 +179,22 @@ def views(declaration: dict[str, Any], lock: dict[str, Any] | None, catalogue: d
             "tier": tier(node),
             "address": lab_module.address(node, host),
             "library": node.get("node_library", []),
-            "docker_host": {"insecure_registries": [mirror.split("/")[0]] if mirror else []},
+            "docker_host": {"insecure_registries": plain_http(mirror)},
             "inference_node": {"instances": instances},
             "litellm": gate if gate and gate["host"] == host else None,
         }
     return result
+
+
+def goes_away(derived: dict[str, dict[str, Any]], found: dict[str, list[str]]) -> dict[str, list[str]]:
+    """Return per host the names of what we made there and the lab no longer wants.
+
+    :param found: per host the names of model servers (llamacpp-NAME) and services of ours that are there.
+    """
+    gone = {}
+    for host, names in found.items():
+        stays = {f"llamacpp-{instance['name']}" for instance in derived[host]["inference_node"]["instances"]} | set(derived[host]["roles"])
+        left = [name for name in names if name not in stays]
+        if left:
+            gone[host] = left
+    return gone

@@ -1,0 +1,25 @@
+# Copyright: Contributors to the homelab.inference project
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Filters of the playbooks onto planning.py and lock.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from ansible_collections.homelab.inference.plugins.plugin_utils import lock, planning
+
+
+class FilterModule:
+    """The filters by name."""
+
+    def filters(self) -> dict[str, Callable[..., Any]]:
+        """Return them."""
+        return {
+            "lock_text": lock.render,
+            "make_lock": planning.make_lock,
+            "model_sources": planning.sources,
+            "plan_table": planning.table,
+            "resolve_models": planning.resolve,
+        }

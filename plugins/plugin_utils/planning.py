@@ -1,0 +1,124 @@
+# Copyright: Contributors to the homelab.inference project
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""From declaration, sources and plan to the lock, and the table in which people read it."""
+
+from __future__ import annotations
+
+from pathlib import PurePosixPath
+from typing import Any
+
+from ansible_collections.homelab.inference.plugins.plugin_utils import lock as lock_module
+
+# Sources that module model_source_info resolves; files in libraries are found in the nodes' own indexes.
+REMOTE_SOURCES = ("hf", "url", "file")
+
+
+def sources(models: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the sources to ask outside, in the shape of module model_source_info."""
+    return [{"model": name, "source": model["source"]} for name, model in models.items() if any(kind in model["source"] for kind in REMOTE_SOURCES)]
+
+
+def resolve(models: dict[str, dict[str, Any]], found: list[dict[str, Any]], libraries: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, Any]]:
+    """Return per model its exact files and shape; a model whose files are nowhere has no entry.
+
+    :param found: what module model_source_info returned.
+    :param libraries: per host the index of its model files (module gguf_info).
+    """
+    outside = {entry["model"]: entry for entry in found}
+    resolved: dict[str, dict[str, Any]] = {}
+    for name, model in models.items():
+        if name in outside:
+            entry = outside[name]
+            files = [*entry["files"], *([entry["mmproj"]] if entry.get("mmproj") else [])]
+            resolved[name] = {
+                "commit": entry.get("commit"),
+                "quant": entry.get("quant") or entry["shape"].get("quant"),
+                "files": files,
+                "mmproj": entry["mmproj"]["name"] if entry.get("mmproj") else None,
+                "shape": entry["shape"],
+            }
+        elif "library" in model["source"]:
+            entry = _in_libraries(model["source"]["library"], libraries)
+            if entry:
+                resolved[name] = entry
+    return resolved
+
+
+def _in_libraries(wanted: str, libraries: dict[str, list[dict[str, Any]]]) -> dict[str, Any] | None:
+    """Return the first indexed file of that name or path, with the host where it lies."""
+    for host, entries in libraries.items():
+        for entry in entries:
+            files = entry["shards"] or [entry]
+            if any(wanted == file["name"] or PurePosixPath(file["path"]).match(wanted) for file in files):
+                kept = [
+                    {"name": file["name"], "size": file["size"], "sha256": file["sha256"], "host": host, "path": f"{entry['library']}/{file['path']}"}
+                    for file in files
+                ]
+                return {"commit": entry["commit"], "quant": entry["shape"].get("quant"), "files": kept, "mmproj": None, "shape": entry["shape"]}
+    return None
+
+
+def make_lock(lab: dict[str, Any], resolved: dict[str, dict[str, Any]], plan: dict[str, Any]) -> dict[str, Any]:
+    """Return the lock.
+
+    :param lab: what action C(lab) returned. :param resolved: what C(resolve) returned. :param plan: what C(vram_plan) returned.
+    """
+    names = {file["name"].rsplit("/", 1)[-1] for entry in resolved.values() for file in entry["files"]}
+    nodes = {}
+    for host, node in lab["nodes"].items():
+        # Of a library only what the plan looked at: an index of hundreds of files would change the lock with every download.
+        library = [
+            {key: entry[key] for key in ("library", "name", "path", "size", "sha256")}
+            | {"shards": [{key: shard[key] for key in ("name", "path", "size", "sha256")} for shard in entry["shards"]]}
+            for entry in node["library"]
+            if entry["name"] in names
+        ]
+        nodes[host] = {**node, "library": library}
+    return {
+        "lock_version": lock_module.VERSION,
+        "declared": lab["declared"],
+        "images": lab["images"],
+        "nodes": nodes,
+        "models": resolved,
+        "instances": plan["instances"],
+        "refused": plan["refused"],
+    }
+
+
+def table(lock: dict[str, Any]) -> str:
+    """Return the plan as text for people."""
+    rows = [("SERVER", "NODE", "WHERE", "PORT", "CONTEXT", "SLOTS", "KV", "MiB")]
+    for instance in lock["instances"]:
+        options = instance["server_options"]
+        rows.append(
+            (
+                instance["name"],
+                instance["node"],
+                "+".join(instance["devices"]) or "cpu",
+                str(instance["port"]),
+                str(options["ctx-size"] // options["parallel"]),
+                str(options["parallel"]),
+                options["cache-type-k"],
+                str(sum(instance["memory"].values())),
+            )
+        )
+    lines = [_row(row, rows) for row in rows] if lock["instances"] else ["No server is planned."]
+    used: dict[tuple[str, str], int] = {}
+    for instance in lock["instances"]:
+        for device, size in instance["memory"].items():
+            used[instance["node"], device] = used.get((instance["node"], device), 0) + size
+    lines.append("")
+    for host, node in lock["nodes"].items():
+        for device in node["devices"]:
+            size = device.get("cap_mib") or device["memory_mib"]
+            taken = used.get((host, device["id"]), 0)
+            lines.append(f"{host} {device['id']} ({device['name']}): {taken} of {size} MiB planned")
+    for refusal in lock["refused"]:
+        lines.append(f"NOT PLANNED {refusal['model']}: {refusal['reason']}")
+    return "\n".join(lines)
+
+
+def _row(row: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    widths = [max(len(other[column]) for other in rows) for column in range(len(row))]
+    return "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip()
