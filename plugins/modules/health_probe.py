@@ -11,8 +11,8 @@ short_description: Tell how the endpoints of a lab are, per tier and over all
 version_added: 0.1.0
 description:
   - Asks all endpoints side by side, each with its own deadline, and takes no longer than the longest of them.
-  - A llama-server is asked from cheap to dear, C(/health), C(/slots), then for one token, so that a busy server is told from
-    one that hangs. The gateway is asked for itself alone, never for the models behind it.
+  - A llama-server is asked from cheap to dear, C(/health), C(/slots), then for one token, so that a busy server is told
+    from one that hangs. The gateway is asked for itself alone, never for the models behind it.
   - An endpoint that does not answer is reported; it does not make the module fail.
 author:
   - homelab.inference contributors (!UNKNOWN)
@@ -37,7 +37,7 @@ options:
         required: true
       tier:
         description:
-          - Endpoints of one tier are judged together. The tier V(GATEWAY) is special, because nothing is served without it.
+          - Endpoints of one tier are judged together. The tier V(GATEWAY) is special: nothing is served without it.
         type: str
         default: REMOTE
       timeout:
@@ -47,8 +47,8 @@ options:
         default: 8
       kind:
         description:
-          - What the endpoint is. V(http) is asked for its O(endpoints[].url), V(litellm) for C(/health/liveliness), V(ollama)
-            for C(/api/version), V(llamacpp) as described above.
+          - What the endpoint is. V(http) is asked for its O(endpoints[].url), V(litellm) for C(/health/liveliness),
+            V(ollama) for C(/api/version), V(llamacpp) as described above.
         type: str
         choices: [http, llamacpp, litellm, ollama]
         default: http
@@ -108,7 +108,8 @@ results:
     state:
       description:
         - V(STARTING) it loads its model. V(HEALTHY) it does what it is there for. V(BUSY) it works on other requests.
-        - V(DEGRADED) it answers with an error. V(HUNG) it accepts connections and nothing moves. V(DOWN) it does not answer.
+        - V(DEGRADED) it answers with an error. V(HUNG) it accepts connections and nothing moves.
+        - V(DOWN) it does not answer.
       type: str
       sample: HEALTHY
     evidence:
@@ -122,8 +123,8 @@ results:
       sample: 0.05
 tiers:
   description:
-    - The verdict per tier. V(HEALTHY) when every endpoint of it serves (V(HEALTHY) or V(BUSY)), V(DEGRADED) when some do,
-      V(DOWN) when none does.
+    - The verdict per tier. V(HEALTHY) when every endpoint of it serves (V(HEALTHY) or V(BUSY)), V(DEGRADED) when some
+      do, V(DOWN) when none does.
   returned: success
   type: dict
   sample: {GATEWAY: HEALTHY, REMOTE: DEGRADED}
