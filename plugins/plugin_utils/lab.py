@@ -182,12 +182,17 @@ def declared_ports(declaration: dict[str, Any], catalogue: dict[str, Any]) -> It
 
 def validate(declaration: dict[str, Any]) -> tuple[list[str], list[str]]:
     """Return C((problems, warnings)): every sentence names the object, the cause and what to do. No problem: the lab is good."""
+    problems, warnings = _validate(declaration)
+    return [problem.replace("?.", "?") for problem in problems], warnings
+
+
+def _validate(declaration: dict[str, Any]) -> tuple[list[str], list[str]]:
     schema = load("schema.yml")
     catalogue = load("catalogue.yml")
     problems = [*declaration["problems"], *_keys(declaration, schema)]
     if problems:
         # What follows reads the values; it relies on their form.
-        return problems + _addresses(declaration), []
+        return [*problems, *_addresses(declaration)], []
     problems += [
         *_addresses(declaration),
         *_services(declaration, catalogue),
@@ -197,7 +202,7 @@ def validate(declaration: dict[str, Any]) -> tuple[list[str], list[str]]:
         *_networks(declaration),
         *_secrets(declaration, catalogue),
     ]
-    return problems, list(_warnings(declaration, catalogue))
+    return problems, [] if problems else list(_warnings(declaration, catalogue))
 
 
 def _keys(declaration: dict[str, Any], schema: dict[str, Any]) -> Iterator[str]:
@@ -311,7 +316,8 @@ def _model_nodes(where: str, model: dict[str, Any], nodes: dict[str, Any], group
     homes = [host for host in model["nodes"] or groups["inference"] if host in nodes]
     if homes and all(nodes[host].get("node_presence") == "guest" for host in homes):
         yield f"{where} would live on guests alone ({', '.join(homes)}); add a node that is always present."
-    if isinstance(model["replicas"], int) and len(set(homes)) < model["replicas"]:
+    known = all(host in nodes for host in model["nodes"] or [])
+    if known and isinstance(model["replicas"], int) and len(set(homes)) < model["replicas"]:
         yield f"{where}.replicas is {model['replicas']}, but only {len(set(homes))} node(s) may run it; lower it or allow more nodes."
 
 

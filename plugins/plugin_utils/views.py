@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 from ansible_collections.homelab.inference.plugins.plugin_utils import lab as lab_module
@@ -14,6 +15,8 @@ from ansible_collections.homelab.inference.plugins.plugin_utils import lab as la
 IMAGE_VARIABLES = ("inference_node_images", "litellm_image")
 DEFAULT_TIMEOUT_S = 8
 READY_TIMEOUT_S = 900
+# Where the controller keeps files of one node's library that another node needs: there is no way from node to node without a key.
+CACHE = Path("~/.cache/homelab-inference/models")
 
 
 def tier(node: dict[str, Any]) -> str:
@@ -100,8 +103,25 @@ def instance_view(instance: dict[str, Any], declaration: dict[str, Any], lock: d
         "volume": "library-" + re.sub(r"[^a-zA-Z0-9_.-]+", "-", library["library"]).strip("-") if library else f"model-{instance['model']}",
         "model_file": library["path"] if library else model["files"][0]["name"],
         "library": library["library"] if library else None,
-        "files": [] if library else model["files"],
+        "files": [] if library else [transfer(file) for file in model["files"]],
     }
+
+
+def cached(file: dict[str, Any]) -> str:
+    """Return where the controller keeps a library file on its way to another node."""
+    return str(CACHE.expanduser() / f"{file['size']}-{file['name']}")
+
+
+def transfer(file: dict[str, Any]) -> dict[str, Any]:
+    """Return a file as module model_volume takes it; one that lies on another node comes by way of the controller."""
+    known = {key: file[key] for key in ("name", "size", "sha256", "url", "controller_path") if file.get(key) is not None}
+    return {**known, "controller_path": cached(file)} if "host" in file else known
+
+
+def hands_over(lock: dict[str, Any], host: str) -> list[dict[str, str]]:
+    """Return the library files of a host that other nodes need, as C({path, cache})."""
+    needed = [file for instance in lock["instances"] if not instance["library"] for file in lock["models"][instance["model"]]["files"]]
+    return [dict(entry) for entry in dict.fromkeys((("path", file["path"]), ("cache", cached(file))) for file in needed if file.get("host") == host)]
 
 
 def gateway(declaration: dict[str, Any], lock: dict[str, Any], catalogue: dict[str, Any]) -> dict[str, Any] | None:
@@ -176,6 +196,7 @@ def views(declaration: dict[str, Any], lock: dict[str, Any] | None, catalogue: d
         instances = [instance_view(one, declaration, lock) for one in lock["instances"] if one["node"] == host] if lock and docker else []
         result[host] = {
             "roles": roles,
+            "hands_over": hands_over(lock, host) if lock else [],
             "tier": tier(node),
             "address": lab_module.address(node, host),
             "library": node.get("node_library", []),

@@ -1,0 +1,117 @@
+# Copyright: Contributors to the homelab.inference project
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The first placement: pins, room, splitting, stability."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ansible_collections.homelab.inference.plugins.module_utils import placement
+from ansible_collections.homelab.inference.plugins.plugin_utils import lab
+
+SHAPE = {"block_count": 32, "head_count_kv": 8, "key_length": 128, "value_length": 128, "context_length": 131072}
+
+
+def gpu(number: int, mib: int, vendor: str = "nvidia", kind: str = "dedicated") -> dict[str, Any]:
+    return {"id": f"gpu{number}", "vendor": vendor, "name": "card", "memory_mib": mib, "memory_kind": kind, "cap_mib": None}
+
+
+def node(*devices: dict[str, Any], memory: int = 65536, **words: Any) -> dict[str, Any]:
+    return {"devices": list(devices), "memory_mib": memory, "presence": "always", "library": [], "ports": [], "reservations": {}, **words}
+
+
+def make(models: dict[str, Any], nodes: dict[str, Any], gib: float = 4, previous: list[dict[str, Any]] | None = None) -> dict[str, Any]:
+    registry = lab.models({"lab": {"lab_models": {name: {"source": {"file": "/x"}, **model} for name, model in models.items()}}})
+    resolved = {name: {"files": [{"name": f"{name}.gguf", "size": int(gib * 2**30), "sha256": None}], "shape": SHAPE} for name in registry}
+    return placement.plan(registry, resolved, nodes, previous or [])
+
+
+def test_one_gpu_before_a_split_before_the_processor() -> None:
+    plan = make({"chat": {"context": 8192}}, {"a": node(), "b": node(gpu(0, 8192), gpu(1, 16384))})
+    (instance,) = plan["instances"]
+    assert (instance["node"], instance["devices"], instance["backend"]) == ("b", ["gpu1"], "cuda")
+    # 4 GiB of weights, and 32 layers x 8 heads x 256 x 2 bytes x 16384 cells = 2 GiB of KV.
+    assert instance["memory"] == {"gpu1": 4096 + 2049 + 856}
+    assert instance["server_options"] == {
+        "ctx-size": 16384,
+        "parallel": 2,
+        "n-gpu-layers": "all",
+        "cache-type-k": "f16",
+        "cache-type-v": "f16",
+    }
+
+
+def test_a_model_too_large_for_one_card_is_split_by_room() -> None:
+    """Mission S0-M2: 19 GB on two cards of 16 GB."""
+    plan = make({"gemma": {"context": 8192, "nodes": "helium"}}, {"helium": node(gpu(0, 16384), gpu(1, 16384))}, gib=17.7)
+    (instance,) = plan["instances"]
+    assert instance["devices"] == ["gpu0", "gpu1"]
+    shares = instance["server_options"]["tensor-split"]
+    assert shares == list(instance["memory"].values()) and max(shares) <= 16384
+
+
+def test_the_ladder_goes_down_until_it_fits() -> None:
+    plan = make({"chat": {"context": [131072, 65536, 8192], "slots": 1, "kv": "f16"}}, {"a": node(gpu(0, 8192))})
+    assert plan["instances"][0]["server_options"]["ctx-size"] == 8192
+    plan = make({"chat": {"slots": 1}}, {"a": node(gpu(0, 24576))})
+    assert plan["instances"][0]["server_options"]["ctx-size"] == 32768
+
+
+def test_a_promise_is_kept_or_refused() -> None:
+    plan = make({"chat": {"context": 131072, "slots": 1, "kv": "f16"}}, {"a": node(gpu(0, 8192), memory=8192)})
+    assert plan["instances"] == []
+    (refusal,) = plan["refused"]
+    assert refusal["model"] == "chat"
+    assert "needs" in refusal["reason"] and "of a has" in refusal["reason"] and "lower context" in refusal["reason"]
+
+
+def test_reservations_and_what_was_placed_before_are_taken_off() -> None:
+    both = {"first": {"context": 8192, "slots": 1, "priority": 90}, "second": {"context": 8192, "slots": 1}}
+    plan = make(both, {"a": node(gpu(0, 8192), gpu(1, 8192), reservations={"gpu1": 8192})})
+    assert {one["name"]: one["devices"] for one in plan["instances"]} == {"first": ["gpu0"], "second": []}
+
+
+def test_replicas_go_to_different_nodes_and_each_means_each() -> None:
+    nodes = {"a": node(), "b": node(), "c": node(presence="guest")}
+    plan = make({"two": {"context": 8192, "replicas": 2}, "all": {"context": 8192, "replicas": "each"}}, nodes)
+    assert {(one["name"], one["node"]) for one in plan["instances"]} == {
+        ("two", "a"),
+        ("two-2", "b"),
+        ("all", "a"),
+        ("all-2", "b"),
+        ("all-3", "c"),
+    }
+
+
+def test_names_ports_and_homes_stay_when_others_come_and_go() -> None:
+    nodes = {"a": node(ports=[8080]), "b": node()}
+    first = make({"one": {"context": 8192}, "two": {"context": 8192, "replicas": 2}}, nodes)["instances"]
+    kept = {one["name"]: (one["node"], one["port"]) for one in first}
+    assert kept == {"one": ("a", 8081), "two": ("a", 8082), "two-2": ("b", 8080)}
+    more = {"new": {"context": 8192, "priority": 90}, "two": {"context": 8192, "replicas": 2}}
+    second = {one["name"]: (one["node"], one["port"]) for one in make(more, nodes, previous=first)["instances"]}
+    assert second == {"new": ("a", 8081), "two": ("a", 8082), "two-2": ("b", 8080)}
+    assert make(more, nodes, previous=first) == make(more, nodes, previous=first)
+
+
+def test_a_file_that_lies_on_the_node_is_used_there() -> None:
+    size = 4 * 2**30
+    entry = {"library": "/srv/models", "name": "chat.gguf", "path": "deep/chat.gguf", "size": size, "sha256": None, "shards": []}
+    other = {**entry, "size": 7, "library": "/other", "path": "chat.gguf"}
+    plan = make({"chat": {"context": 8192}}, {"a": node(library=[other, entry])})
+    assert plan["instances"][0]["library"] == {"library": "/srv/models", "path": "deep/chat.gguf"}
+    assert make({"chat": {"context": 8192}}, {"a": node(library=[other])})["instances"][0]["library"] is None
+
+
+def test_backends_by_vendor() -> None:
+    assert placement.backend(gpu(0, 1, "amd")) == "rocm"
+    assert placement.backend(gpu(0, 1, "amd", "unified")) == "vulkan"
+    assert placement.backend(gpu(0, 1, "tegra", "unified")) == "cuda"
+
+
+def test_an_embedding_model_takes_its_whole_context_in_one_batch() -> None:
+    plan = make({"vectors": {"categories": ["embed"], "context": 2048}}, {"a": node()}, gib=0.3)
+    options = plan["instances"][0]["server_options"]
+    assert options["embeddings"] is True
+    assert options["ubatch-size"] == options["batch-size"] == 2048

@@ -1,0 +1,185 @@
+# Copyright: Contributors to the homelab.inference project
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""From declaration and lock to the views; the lock's own rules."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+
+from ansible_collections.homelab.inference.plugins.plugin_utils import lock as lock_module
+from ansible_collections.homelab.inference.plugins.plugin_utils import planning, views
+from ansible_collections.homelab.inference.plugins.plugin_utils.schema import load
+
+CATALOGUE = load("catalogue.yml")
+DECLARATION: dict[str, Any] = {
+    "nodes": {
+        "nuc": {"ansible_host": "192.0.2.5"},
+        "forge": {"ansible_host": "192.0.2.20", "node_library": ["/srv/models"]},
+        "rig": {"ansible_host": "192.0.2.30", "node_tier": "nas"},
+    },
+    "groups": {"control": ["nuc"], "inference": ["forge", "rig"], "library": []},
+    "lab": {
+        "lab_registry_mirror": "http://192.0.2.1:5000",
+        "lab_models": {
+            "chat": {"source": {"library": "chat.gguf"}, "replicas": 2, "categories": ["chat", "fast"]},
+            "code": {"source": {"url": "https://x/code.gguf"}, "categories": ["code"], "fallbacks": ["chat"]},
+        },
+        "lab_services": {"litellm": {"node": "nuc"}},
+    },
+}
+CPU = {"devices": [], "memory_mib": 8192, "cpus": 4, "library": []}
+FILE = {"name": "chat.gguf", "size": 10, "sha256": "ab", "host": "forge", "path": "/srv/models/chat.gguf"}
+
+
+def instance(name: str, host: str, library: dict[str, str] | None) -> dict[str, Any]:
+    options = {"ctx-size": 4096, "parallel": 2, "cache-type-k": "f16"}
+    return {
+        "name": name,
+        "model": name.split("-")[0],
+        "mode": "chat",
+        "node": host,
+        "backend": "cpu",
+        "devices": [],
+        "port": 8080,
+        "server_options": options,
+        "memory": {"host": 100},
+        "library": library,
+    }
+
+
+LOCK: dict[str, Any] = {
+    "lock_version": 1,
+    "declared": views.declared(DECLARATION),
+    "images": {"inference_node_images": {"cpu": "ghcr.io/x/llama:1"}, "litellm_image": "ghcr.io/x/litellm:1"},
+    "nodes": {"forge": CPU, "rig": CPU},
+    "models": {
+        "chat": {"files": [FILE], "shape": {}},
+        "code": {"files": [{"name": "code.gguf", "size": 5, "sha256": None, "url": "https://x/code.gguf"}], "shape": {}},
+    },
+    "instances": [
+        instance("chat", "forge", {"library": "/srv/models", "path": "chat.gguf"}),
+        instance("chat-2", "rig", None),
+        {**instance("code", "rig", None), "port": 8081},
+    ],
+    "refused": [],
+}
+
+
+def test_roles_follow_groups_and_services() -> None:
+    derived = views.views(DECLARATION, LOCK, CATALOGUE)
+    assert derived["nuc"]["roles"] == ["docker_host", "litellm"]
+    assert derived["forge"]["roles"] == ["docker_host", "inference_node"]
+    assert derived["rig"]["tier"] == "NAS"
+    assert derived["nuc"]["docker_host"] == {"insecure_registries": ["192.0.2.1:5000"]}
+    native = copy.deepcopy(DECLARATION)
+    native["nodes"]["rig"]["node_runtime"] = "native"
+    assert views.views(native, LOCK, CATALOGUE)["rig"]["roles"] == []
+
+
+def test_a_file_in_the_library_is_mounted_and_handed_over_to_the_node_that_lacks_it() -> None:
+    derived = views.views(DECLARATION, LOCK, CATALOGUE)
+    (at_home,) = derived["forge"]["inference_node"]["instances"]
+    assert (at_home["volume"], at_home["library"], at_home["files"]) == ("library-srv-models", "/srv/models", [])
+    away, code = derived["rig"]["inference_node"]["instances"]
+    (file,) = away["files"]
+    assert file["controller_path"].endswith("/10-chat.gguf") and "path" not in file
+    assert derived["forge"]["hands_over"] == [{"path": "/srv/models/chat.gguf", "cache": file["controller_path"]}]
+    assert code["files"] == [{"name": "code.gguf", "size": 5, "url": "https://x/code.gguf"}]
+    assert code["image"] == "192.0.2.1:5000/ghcr.io/x/llama:1"
+
+
+def test_the_gateway_knows_every_server_its_fallbacks_and_categories() -> None:
+    gateway = views.views(DECLARATION, LOCK, CATALOGUE)["nuc"]["litellm"]
+    assert [(one["name"], one["api_base"]) for one in gateway["deployments"]] == [
+        ("chat", "http://192.0.2.20:8080"),
+        ("chat", "http://192.0.2.30:8080"),
+        ("code", "http://192.0.2.30:8081"),
+    ]
+    assert gateway["fallbacks"] == {"code": ["chat"]}
+    # chat and code are models themselves: only fast needs another name.
+    assert gateway["aliases"] == {"fast": "chat"}
+
+
+def test_endpoints_have_tier_and_timeout() -> None:
+    declaration = copy.deepcopy(DECLARATION)
+    declaration["lab"]["lab_tiers"] = {"nas": {"timeout": 30}}
+    found = views.endpoints(declaration, LOCK, CATALOGUE)
+    assert [(one["name"], one["timeout"]) for one in found] == [
+        ("remote/chat", 8),
+        ("nas/chat-2", 30),
+        ("nas/code", 30),
+        ("gateway/litellm", 8),
+    ]
+
+
+def test_what_is_there_and_not_wanted_goes_away() -> None:
+    derived = views.views(DECLARATION, LOCK, CATALOGUE)
+    found = {"forge": ["llamacpp-chat", "llamacpp-old", "litellm"], "nuc": ["litellm"], "rig": []}
+    assert views.goes_away(derived, found) == {"forge": ["llamacpp-old", "litellm"]}
+
+
+def test_facts_come_before_declared_hardware_and_a_silent_host_keeps_what_it_declared() -> None:
+    declaration = copy.deepcopy(DECLARATION)
+    declaration["nodes"]["rig"] |= {"node_gpus": [], "node_memory_mib": 512}
+    declaration["lab"]["lab_reservations"] = {"forge": [{"memory": "1GiB", "for": "x"}, {"memory": "1MiB", "for": "y"}]}
+    nodes = views.planner_nodes(declaration, {"forge": CPU}, CATALOGUE)
+    assert nodes["forge"]["memory_mib"] == 8192
+    assert nodes["forge"]["reservations"] == {"host": 1025}
+    assert nodes["rig"]["memory_mib"] == 512
+    assert "rig" not in views.planner_nodes(DECLARATION, {"forge": CPU}, CATALOGUE)
+
+
+def test_the_lock_reads_back_as_it_was_written() -> None:
+    text = lock_module.render(LOCK)
+    assert lock_module.parse(text, "x") == LOCK
+    assert lock_module.render(lock_module.parse(text, "x")) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("a: [", "Cannot read the lock here"),
+        ("just: yaml", "here is not a lock"),
+        ("lock_version: 99", "has version 99, this collection writes version 1"),
+    ],
+)
+def test_a_bad_lock_says_what_to_do(text: str, sentence: str) -> None:
+    with pytest.raises(lock_module.LockError, match=sentence):
+        lock_module.parse(text, "here")
+
+
+def test_a_changed_declaration_is_named_key_by_key() -> None:
+    changed = copy.deepcopy(LOCK["declared"])
+    changed["models"]["chat"]["replicas"] = 1
+    changed["models"]["new"] = {}
+    del changed["models"]["code"]
+    assert lock_module.differences(LOCK["declared"], changed) == [
+        "models.chat.replicas was 2, is 1",
+        "models.code is gone",
+        "models.new is new",
+    ]
+
+
+def test_a_file_of_a_library_is_found_by_name_or_path_with_its_shards() -> None:
+    shard = {"name": "b-00001-of-00002.gguf", "path": "x/b-00001-of-00002.gguf", "size": 1, "sha256": None}
+    other = {**shard, "name": "b-00002-of-00002.gguf", "path": "x/b-00002-of-00002.gguf"}
+    entry = {**shard, "library": "/m", "commit": None, "shape": {"quant": "Q4_0"}, "shards": [shard, other]}
+    models = {"b": {"source": {"library": "x/b-00001-of-00002.gguf"}}, "c": {"source": {"library": "c.gguf"}}}
+    resolved = planning.resolve(models, [], {"nas": [entry]})
+    assert [file["path"] for file in resolved["b"]["files"]] == ["/m/x/b-00001-of-00002.gguf", "/m/x/b-00002-of-00002.gguf"]
+    assert "c" not in resolved
+
+
+def test_the_table_shows_servers_devices_and_refusals() -> None:
+    lock = copy.deepcopy(LOCK)
+    lock["nodes"]["rig"]["devices"] = [{"id": "gpu0", "name": "card", "memory_mib": 1000}]
+    lock["instances"][1] |= {"devices": ["gpu0"], "memory": {"gpu0": 300}}
+    lock["refused"] = [{"model": "huge", "reason": "it needs more"}]
+    text = planning.table(lock)
+    assert "chat-2  rig    gpu0   8080  2048" in text
+    assert "rig gpu0 (card): 300 of 1000 MiB planned" in text
+    assert "NOT PLANNED huge: it needs more" in text
