@@ -40,7 +40,7 @@ def start_gate(
         told: dict[str, Any] | None = None
         while not _taken(descriptor):
             other = _content(descriptor)
-            if other != told:
+            if other and other != told:
                 waiting(other)
                 told = other
             if time.monotonic() >= deadline:

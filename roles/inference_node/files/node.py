@@ -220,7 +220,9 @@ def url_of(instance: dict[str, Any]) -> str:
 
 
 def api_key() -> str | None:
-    return API_KEY.read_text().strip() or None if API_KEY.exists() else None
+    """The first key of the file that the servers read."""
+    lines = API_KEY.read_text().split() if API_KEY.exists() else []
+    return lines[0] if lines else None
 
 
 def say_who(holder: dict[str, Any]) -> None:
