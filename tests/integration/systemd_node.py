@@ -13,6 +13,7 @@ from typing import Callable
 
 NODE_IMAGE = "homelab-inference/node:dev"
 LLAMA_IMAGE = "homelab-inference/llama.cpp:dev"
+RPC_SERVER = "/usr/libexec/x86_64-linux-gnu/llama/bin/ggml-rpc-server"
 CAPABILITIES = (
     "SYS_ADMIN NET_ADMIN NET_RAW SYS_PTRACE MKNOD AUDIT_WRITE DAC_READ_SEARCH SYSLOG IPC_LOCK SYS_NICE LINUX_IMMUTABLE"
 )

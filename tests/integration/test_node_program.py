@@ -13,13 +13,12 @@ from pathlib import Path
 
 import jinja2
 import pytest
-from systemd_node import LLAMA_IMAGE, Node, until
+from systemd_node import LLAMA_IMAGE, RPC_SERVER, Node, until
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = [ROOT / "roles/inference_node/files/node.py"]
 PROGRAM += [ROOT / f"plugins/module_utils/{name}.py" for name in ("gate", "probe")]
 UNIT = ROOT / "roles/inference_node/templates/llamacpp.service.j2"
-RPC_SERVER = "/usr/libexec/x86_64-linux-gnu/llama/bin/ggml-rpc-server"
 NAMES = ("chat", "code")
 
 
