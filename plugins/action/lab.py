@@ -48,7 +48,7 @@ class ActionModule(ActionBase):
             declaration={key: declaration[key] for key in ("lab", "nodes", "groups")},
             declared=declared,
             images=images,
-            models=lab.models(declaration),
+            models={name: model for name, model in lab.models(declaration).items() if model["engine"] == "llamacpp"},
             nodes=views.planner_nodes(declaration, {**before, **{host: found for host, found in facts.items() if found}}, catalogue),
             libraries={host: found["library"] for host, found in facts.items() if found},
             lock=known,

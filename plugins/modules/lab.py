@@ -61,7 +61,7 @@ images:
   type: dict
   returned: success
 models:
-  description: The registry in normal form, every default filled in, every ladder a list, in the order in which models keep their place.
+  description: The models that llama-server runs, in normal form - every default filled in, every ladder a list, in the order in which they keep their place.
   type: dict
   returned: success
 nodes:

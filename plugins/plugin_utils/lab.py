@@ -409,12 +409,14 @@ def _warnings(declaration: dict[str, Any], catalogue: dict[str, Any]) -> Iterato
         yield f"The lab is one machine ({next(iter(declaration['nodes']))}): when it is down, everything is, and nothing can take over."
     elif not lab.get("lab_witness"):
         yield "lab_witness is not set: the healer cannot tell a dead node from its own network being cut."
-    for service, entry in lab.get("lab_services", {}).items():
-        if "node" in entry and not catalogue[service].get("role"):
-            yield f"lab_services.{service} is planned around (ports, addresses), but this version does not deploy it on {entry['node']}."
+    later = [name for name, entry in lab.get("lab_services", {}).items() if "node" in entry and not catalogue[name].get("role")]
+    if later:
+        yield f"This version plans around these services (ports, addresses) and does not deploy them: {', '.join(later)}."
     for model in models(declaration).values():
-        if model["engine"] != "llamacpp":
-            yield f"lab_models.{model['name']} has engine {model['engine']}: it is checked, but this version neither starts nor plans it."
+        if model["engine"] == "ollama":
+            yield f"lab_models.{model['name']} is asked for at the Ollama of its nodes; this version neither starts Ollama nor pulls the model."
+        elif model["engine"] != "llamacpp":
+            yield f"lab_models.{model['name']} has engine {model['engine']}; this version checks it and does not start it."
     for host in groups["inference"]:
         runtime = declaration["nodes"][host].get("node_runtime", "docker")
         if runtime != "docker":

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,43 @@ def hands_over(lock: dict[str, Any], host: str) -> list[dict[str, str]]:
     return [dict(entry) for entry in dict.fromkeys((("path", file["path"]), ("cache", cached(file))) for file in needed if file.get("host") == host)]
 
 
+def started(declaration: dict[str, Any], lock: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the planned servers that this version starts: those on nodes with Docker."""
+    nodes = declaration["nodes"]
+    return [one for one in lock["instances"] if nodes[one["node"]].get("node_runtime", "docker") == "docker"]
+
+
+def _llamacpp(declaration: dict[str, Any], lock: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield the gateway's deployments of llama-server."""
+    for one in started(declaration, lock):
+        yield {
+            "name": one["model"],
+            "engine": "llamacpp",
+            "model": one["model"],
+            "api_base": f"http://{lab_module.address(declaration['nodes'][one['node']], one['node'])}:{one['port']}",
+            "mode": one["mode"],
+            "api_key_env": "LLAMACPP_API_KEY",
+            "id": one["name"],
+        }
+
+
+def _ollama(declaration: dict[str, Any], catalogue: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield the gateway's deployments of Ollama, one per node on which the model is declared."""
+    port = catalogue["ollama"]["ports"]["http"]
+    for name, model in lab_module.models(declaration).items():
+        if model["engine"] == "ollama":
+            for host in model["nodes"] or declaration["groups"]["inference"]:
+                yield {
+                    "name": name,
+                    "engine": "ollama",
+                    "model": model["source"]["ollama"],
+                    "api_base": f"http://{lab_module.address(declaration['nodes'][host], host)}:{port}",
+                    "mode": model["mode"],
+                    "api_key_env": None,
+                    "id": f"{name}-{host}",
+                }
+
+
 def gateway(declaration: dict[str, Any], lock: dict[str, Any], catalogue: dict[str, Any]) -> dict[str, Any] | None:
     """Return the gateway as role litellm takes it, and where it answers; None where the lab declares none of its own."""
     entry = declaration["lab"].get("lab_services", {}).get("litellm", {})
@@ -131,20 +169,9 @@ def gateway(declaration: dict[str, Any], lock: dict[str, Any], catalogue: dict[s
         return None
     host = entry["node"]
     registry = lab_module.models(declaration)
-    served = {instance["model"] for instance in lock["instances"]}
+    deployments = [*_llamacpp(declaration, lock), *_ollama(declaration, catalogue)]
+    served = {deployment["name"] for deployment in deployments}
     order = lab_module.category_order({name: model for name, model in registry.items() if name in served})
-    deployments = [
-        {
-            "name": instance["model"],
-            "engine": "llamacpp",
-            "model": instance["model"],
-            "api_base": f"http://{lab_module.address(declaration['nodes'][instance['node']], instance['node'])}:{instance['port']}",
-            "mode": instance["mode"],
-            "api_key_env": "LLAMACPP_API_KEY",
-            "id": instance["name"],
-        }
-        for instance in lock["instances"]
-    ]
     chains = lab_module.fallbacks(registry)
     fallbacks = {name: [other for other in others if other in served] for name, others in chains.items() if name in served}
     return {
@@ -167,7 +194,7 @@ def endpoints(declaration: dict[str, Any], lock: dict[str, Any], catalogue: dict
         return {"name": f"{where.lower()}/{name}", "url": url, "tier": where, "timeout": timeout, "kind": kind, "mode": mode}
 
     found = []
-    for instance in lock["instances"]:
+    for instance in started(declaration, lock):
         node = declaration["nodes"][instance["node"]]
         url = f"http://{lab_module.address(node, instance['node'])}:{instance['port']}"
         found.append(endpoint(instance["name"], tier(node), url, "llamacpp", instance["mode"]))
@@ -193,7 +220,7 @@ def views(declaration: dict[str, Any], lock: dict[str, Any] | None, catalogue: d
             roles.append("inference_node")
         if roles:
             roles.insert(0, "docker_host")
-        instances = [instance_view(one, declaration, lock) for one in lock["instances"] if one["node"] == host] if lock and docker else []
+        instances = [instance_view(one, declaration, lock) for one in started(declaration, lock) if one["node"] == host] if lock else []
         result[host] = {
             "roles": roles,
             "hands_over": hands_over(lock, host) if lock else [],
