@@ -89,13 +89,13 @@ class ActionModule(ActionBase):
             "devices": devices,
             "memory_mib": known["memtotal_mb"],
             "cpus": known.get("processor_vcpus"),
-            "library": (hostvars[host].get("lab_library") or {}).get("files", []),
+            "library": (hostvars[host].get("__lab_library") or {}).get("files", []),
         }
 
     @staticmethod
     def made(hostvars: Any, host: str) -> list[str]:
         """Return the names of what we made on a host, as site.yml found it earlier in this run."""
-        return [Path(file["path"]).name.removesuffix(".service") for file in (hostvars[host].get("lab_made") or {}).get("files", [])]
+        return [Path(file["path"]).name.removesuffix(".service") for file in (hostvars[host].get("__lab_made") or {}).get("files", [])]
 
     def images(self, hostvars: Any) -> dict[str, Any]:
         """Return the image variables: what the inventory says, else the roles' own defaults."""

@@ -175,7 +175,9 @@ class Planner:
                 self.room.take(host, shares)
                 self.add(model, resolved, host, devices, shares, server_options(model, devices, shares, context, slots, kv))
                 return host
-        reason = least[1] if least else "no node may run it"
+        silent = [host for host in model["nodes"] or [] if host not in self.nodes]
+        missing = f"{', '.join(silent)} did not answer and declares no hardware" if silent else "no node that may run it is left"
+        reason = least[1] if least else missing
         self.refused.append({"model": model["name"], "reason": f"{reason}; lower context or slots, choose a smaller file, or allow other nodes"})
         return None
 

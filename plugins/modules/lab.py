@@ -104,7 +104,7 @@ secrets_file:
   type: str
   returned: success
 goes_away:
-  description: Per host what was made there earlier and is no longer wanted, as far as the playbook has looked (C(lab_made)).
+  description: Per host what was made there earlier and is no longer wanted, as far as the playbook has looked (C(__lab_made)).
   type: dict
   returned: when the lock fits the declaration, or there is none
 most_goes_away:
