@@ -58,8 +58,11 @@ options:
         choices: [chat, embedding]
         default: chat
       api_key:
-        description: The key of a llama-server that wants one.
+        description: The key of this llama-server, where it differs from O(api_key).
         type: str
+  api_key:
+    description: The key of the llama-servers that want one.
+    type: str
 """
 
 EXAMPLES = r"""
@@ -74,11 +77,11 @@ EXAMPLES = r"""
         url: http://10.0.10.20:8080
         tier: REMOTE
         kind: llamacpp
-        api_key: "{{ lab_secret_llamacpp_api_key }}"
       - name: models on nas
         url: http://10.0.10.40:5000/webapi/query.cgi
         tier: NAS
         timeout: 3
+    api_key: "{{ lab_secret_llamacpp_api_key }}"
   register: health
 
 - name: Show it
@@ -155,9 +158,14 @@ def main() -> None:
         "mode": {"type": "str", "choices": ["chat", "embedding"], "default": "chat"},
         "api_key": {"type": "str", "no_log": True},
     }
-    spec = {"endpoints": {"type": "list", "elements": "dict", "required": True, "options": endpoint}}
+    spec = {
+        "endpoints": {"type": "list", "elements": "dict", "required": True, "options": endpoint},
+        "api_key": {"type": "str", "no_log": True},
+    }
     module = AnsibleModule(argument_spec=spec, supports_check_mode=True)
-    results = probe.probe_all(module.params["endpoints"])
+    api_key = module.params["api_key"]
+    endpoints = [{**one, "api_key": one["api_key"] or api_key} for one in module.params["endpoints"]]
+    results = probe.probe_all(endpoints)
     verdict = probe.prognosis(results)
     module.exit_json(changed=False, results=results, table=probe.table(results, verdict), **verdict)
 
