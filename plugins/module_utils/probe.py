@@ -226,7 +226,7 @@ def _climb(url: str, deadline: float, mode: str, api_key: str | None, evidence: 
 
     before = _look(url, _share(deadline, 0.4), api_key)
     evidence.append(before.evidence)
-    if before.slots is None or not all(slot["is_processing"] for slot in before.slots):
+    if not before.slots or not all(slot["is_processing"] for slot in before.slots):
         path, body = CANARIES[mode]
         try:
             answer = request(url + path, _share(deadline, 0.8), api_key, body)
