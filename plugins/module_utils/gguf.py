@@ -9,6 +9,7 @@ and every limit below is far above what real files have. The format is described
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import stat
@@ -112,7 +113,7 @@ FILE_TYPES = {
 }
 GUESSED = 1024  # set in general.file_type when the writer was not sure
 
-POOLING = {0: "none", 1: "mean", 2: "cls", 3: "last", 4: "rank"}
+POOLING: dict[int | None, str] = {0: "none", 1: "mean", 2: "cls", 3: "last", 4: "rank"}
 
 SHARD = re.compile(r"^(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.gguf)$", re.IGNORECASE)
 BLOCK = re.compile(r"^(?:enc\.|dec\.)?blk\.(\d{1,9})\.")
@@ -182,7 +183,7 @@ class Header:
 class _Cursor:
     """Reads forward through a stream in growing pieces and never beyond the limit."""
 
-    def __init__(self, stream: BinaryIO, size: int | None, limit: int) -> None:
+    def __init__(self, stream: BinaryIO | io.RawIOBase, size: int | None, limit: int) -> None:
         self._stream, self._size, self._limit = stream, size, limit
         self._buffer, self._at, self._base = b"", 0, 0
         self._chunk = FIRST_CHUNK
@@ -253,7 +254,7 @@ class _Cursor:
         return self.take(length).decode("utf-8", "replace")
 
 
-def read_header(stream: BinaryIO, size: int | None = None, limit: int = MAX_HEADER) -> Header:
+def read_header(stream: BinaryIO | io.RawIOBase, size: int | None = None, limit: int = MAX_HEADER) -> Header:
     """Read a header from a seekable stream at its beginning; size is that of the whole file where it is known."""
     cursor = _Cursor(stream, size, limit)
     header = Header(_version(cursor))

@@ -87,16 +87,17 @@ def _resolve_hub(source: dict[str, Any], web: Web) -> dict[str, Any]:
 
     def remote(name: str) -> tuple[dict[str, Any], gguf.Header]:
         url = f"{web.endpoint}/{repo}/resolve/{listing['sha']}/{quote(name)}"
-        found = _Remote(web, url, f"the repository {repo}")
+        with _Remote(web, url, f"the repository {repo}") as found:
+            size = files[name].get("size") or found.size
+            header = gguf.read_header(found, size)
         digest = (files[name].get("lfs") or {}).get("sha256")
-        size = files[name].get("size") or found.size
         entry = {
             "name": PurePosixPath(name).name,
             "url": url,
             "size": size,
             "sha256": digest if digest and DIGEST.match(digest) else found.sha256,
         }
-        return entry, gguf.read_header(found, size)
+        return entry, header
 
     parts = [remote(name) for name in names]
     shape = gguf.shape([header for _entry, header in parts])
@@ -165,8 +166,8 @@ def _choose_quant(
         raise SourceError(f"the repository {repo} has no {' or '.join(wanted)}. It has {_listed(there)}")
 
     def total(quant: str) -> float:
-        known = [sizes[shard] for shard in _shards(by_quant[quant][0]) if sizes.get(shard)]
-        return sum(known) if known else float("inf")
+        known = sum(sizes.get(shard) or 0 for shard in _shards(by_quant[quant][0]))
+        return known or float("inf")
 
     enough = [quant for quant in there if bits_of(quant) >= LEAST_BITS]
     if enough:
@@ -233,15 +234,15 @@ def _resolve_url(model: str, source: dict[str, Any], web: Web) -> dict[str, Any]
     files, headers = [], []
     for shard in names:
         address = urljoin(url, quote(shard)) if len(names) > 1 else url
-        remote = _Remote(web, address, address)
-        if digest and remote.sha256 and remote.sha256 != digest:
-            raise SourceError(
-                f"its sha256 is not that of {address}, which is {remote.sha256}. Correct the one that is wrong"
-            )
+        with _Remote(web, address, address) as remote:
+            if digest and remote.sha256 and remote.sha256 != digest:
+                raise SourceError(
+                    f"its sha256 is not that of {address}, which is {remote.sha256}. Correct the one that is wrong"
+                )
+            headers.append(gguf.read_header(remote, remote.size))
         files.append(
             {"name": shard, "url": address, "size": remote.size, "sha256": digest or remote.sha256, "etag": remote.etag}
         )
-        headers.append(gguf.read_header(remote, remote.size))
     shape = gguf.shape(headers)
     return {"quant": shape["quant"], "files": files, "shape": shape}
 
@@ -312,7 +313,9 @@ class Web:
             if self._token and origin == urlsplit(self.endpoint)[:2]:
                 sent["Authorization"] = f"Bearer {self._token}"
             try:
-                response = open_url(url, headers=sent, timeout=self._timeout, follow_redirects="none")
+                # A password in ~/.netrc would replace the token.
+                netrc = "Authorization" not in sent
+                response = open_url(url, headers=sent, timeout=self._timeout, follow_redirects="none", use_netrc=netrc)
             except HTTPError as error:
                 location = error.headers.get("Location")
                 if error.code in (301, 302, 303, 307, 308) and location:

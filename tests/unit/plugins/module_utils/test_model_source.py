@@ -236,6 +236,14 @@ def test_token_goes_to_the_hub_and_never_to_the_store(hub, models):
     assert {authorization for name, _path, authorization in hub.log if name == "store"} == {None}
 
 
+def test_netrc_does_not_replace_the_token(hub, models, monkeypatch, tmp_path):
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login somebody password else\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    hub.add("org/repo", {"a-Q4_K_M.gguf": models[0]}, private=True)
+    assert resolve(hub, {"hf": "org/repo"}, TOKEN)[1] == []
+    assert {authorization for name, _path, authorization in hub.log if name == "hub"} == {f"Bearer {TOKEN}"}
+
+
 def test_revision_and_renamed_repository(hub, models):
     hub.add("org/new", {"a-Q4_K_M.gguf": models[0]})
     hub.repos["org/new"]["revisions"][OLDER] = OLDER
