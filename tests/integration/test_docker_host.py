@@ -73,7 +73,7 @@ class Host(Node):
         done = subprocess.run(
             [ANSIBLE, "-i", str(inventory), str(playbook), "--diff", "-e", json.dumps(extra), *args],
             cwd=Path(__file__).resolve().parents[2],
-            env={**os.environ, "ANSIBLE_CALLBACK_RESULT_FORMAT": "yaml"},
+            env={**os.environ, "ANSIBLE_PIPELINING": "true"},
             capture_output=True,
             text=True,
             timeout=400,
