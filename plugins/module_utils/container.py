@@ -168,7 +168,7 @@ def desired(instance: Mapping[str, Any], image: Mapping[str, Any] | None, sealed
         "tmpfs": {"/tmp": "rw,nosuid,nodev,size=256m"},
         "cap_drop": ["ALL"],
         "security_opts": ["no-new-privileges"],
-        "ulimits": ["memlock=-1:-1"] if llama_server.locks_memory(instance) else [],
+        "cap_add": ["IPC_LOCK"] if llama_server.locks_memory(instance) else [],
         "stop_timeout": instance["stop_timeout"],
         "api_key": sealed,
         "image": image["Id"] if image else "not pulled yet",
@@ -219,9 +219,9 @@ def observed(container: Mapping[str, Any], image: Mapping[str, Any] | None) -> V
         "healthcheck": {key.lower(): check.get(key) for key in ("Test", "Interval", "Timeout", "Retries")},
         "read_only": bool(host.get("ReadonlyRootfs")),
         "tmpfs": dict(host.get("Tmpfs") or {}),
-        "cap_drop": sorted(name.upper() for name in host.get("CapDrop") or []),
+        "cap_add": _capabilities(host.get("CapAdd")),
+        "cap_drop": _capabilities(host.get("CapDrop")),
         "security_opts": sorted(re.sub("[:=]true$", "", option) for option in host.get("SecurityOpt") or []),
-        "ulimits": sorted(f"{limit['Name']}={limit['Soft']}:{limit['Hard']}" for limit in host.get("Ulimits") or []),
         "stop_timeout": config.get("StopTimeout"),
         "api_key": sealed,
         "runtime": host.get("Runtime"),
@@ -229,6 +229,10 @@ def observed(container: Mapping[str, Any], image: Mapping[str, Any] | None) -> V
         "entrypoint": list(config.get("Entrypoint") or []),
         "env": _own(_variables(config.get("Env")), _variables(of_image.get("Env"))),
     }
+
+
+def _capabilities(names: list[str] | None) -> list[str]:
+    return sorted(re.sub("^CAP_", "", name.upper()) for name in names or [])
 
 
 def _own(values: Mapping[str, str], of_image: Mapping[str, str]) -> dict[str, str]:
@@ -269,9 +273,9 @@ def body(values: Values, instance: Mapping[str, Any]) -> dict[str, Any]:
         "RestartPolicy": {"Name": values["restart_policy"]},
         "ReadonlyRootfs": values["read_only"],
         "Tmpfs": values["tmpfs"],
+        "CapAdd": values["cap_add"],
         "CapDrop": values["cap_drop"],
         "SecurityOpt": values["security_opts"],
-        "Ulimits": [_ulimit(limit) for limit in values["ulimits"]],
     }
     if values.get("runtime"):
         host["Runtime"] = values["runtime"]
@@ -291,11 +295,6 @@ def body(values: Values, instance: Mapping[str, Any]) -> dict[str, Any]:
 def _mount(mount: str) -> dict[str, Any]:
     kind, source, target, mode = mount.split(":")
     return {"Type": kind, "Source": source, "Target": target, "ReadOnly": mode == "ro"}
-
-
-def _ulimit(limit: str) -> dict[str, Any]:
-    name, soft, hard = re.split("[=:]", limit)
-    return {"Name": name, "Soft": int(soft), "Hard": int(hard)}
 
 
 def shown(values: Values, reference: str, keys: list[str]) -> Values:

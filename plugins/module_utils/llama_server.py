@@ -109,7 +109,7 @@ def check(instance: Mapping[str, Any]) -> None:
 
 
 def arguments(instance: Mapping[str, Any]) -> list[str]:
-    """The command line after the program: what a deployment depends on is said, never left to a default of the build."""
+    """The command line after the program: what matters is said, never left to a default of the build."""
     devices = instance["devices"] or []
     prefix = BACKENDS[instance["backend"]][0]
     argv = ["--model", f"{MODELS}/{instance['model_file']}", "--alias", instance["alias"]]
@@ -190,7 +190,7 @@ def device_access(instance: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def locks_memory(instance: Mapping[str, Any]) -> bool:
-    """Whether the server is told to keep the model in RAM, for which the container's limit must be lifted."""
+    """Whether the server is told to keep the model in RAM, which a container without capabilities may not."""
     options = instance["server_options"] or {}
     return "mlock" in str(options.get("load-mode", "")) or bool(options.get("mlock"))
 
@@ -230,7 +230,6 @@ START_ERRORS = (
     (r"error gathering device information while adding custom device \"([^\"]+)\"", "the node has no {0}"),
     (r"exec format error", "the image is made for another CPU architecture"),
     (r"executable file not found|no such file or directory: unknown", "the image has no llama-server"),
-    (r"bind source path does not exist: (\S+)", "{0} is missing on the node"),
 )
 # What llama-server says, the deeper cause before the line that it leads to.
 LOG_ERRORS = (
@@ -278,15 +277,15 @@ def reason(log: str, state: Mapping[str, Any], instance: Mapping[str, Any]) -> s
     words = {"port": instance["port"], "address": instance["published_address"]}
     if state.get("Error"):
         return _match(START_ERRORS, state["Error"], words) or state["Error"]
+    limit = f"its limit is {instance['memory_mib']} MiB" if instance["memory_mib"] else "the node has no more"
     if state.get("OOMKilled"):
-        limit = f": its limit is {instance['memory_mib']} MiB" if instance["memory_mib"] else ""
-        return f"it was killed for want of memory{limit}"
+        return f"it was killed for want of memory: {limit}"
     found = _match(LOG_ERRORS, log, words)
     code = state.get("ExitCode", 0)
     if found or state.get("Running") or not code:
         return found
     if code == 137:
-        return "it was killed (exit 137), most likely because the node ran out of memory"
+        return f"it was killed (exit 137), most likely for want of memory: {limit}"
     errors = re.findall(r"^[\d.]+ E (.+)$", log, re.MULTILINE)
     ended = f"{SIGNALS[code]} (exit {code})" if code in SIGNALS else f"it ended with exit {code}"
     return f"{ended}: {errors[-1].strip()}" if errors else ended

@@ -22,7 +22,8 @@ description:
     back by the next one.
   - The restart policy is always V(no), since an engine that restarts would start all servers of a node at once.
     Starting at boot and after a crash is the work of O(unit).
-  - The container has no capabilities, no new privileges and a read-only root file system with a small C(/tmp).
+  - The container has no capabilities (C(IPC_LOCK) where O(server_options) asks for C(mlock)), no new privileges and
+    a read-only root file system with a small C(/tmp).
 author:
   - homelab.inference contributors (!UNKNOWN)
 extends_documentation_fragment:
