@@ -11,7 +11,7 @@ import socket
 from pathlib import Path
 from typing import Callable
 
-from ansible_collections.homelab.inference.plugins.module_utils.gpu.command import Answer, run
+from ansible_collections.homelab.inference.plugins.module_utils.gpu import command
 
 # A service's PATH is short, and WSL keeps the driver's tools in a place of its own.
 TOOL_FOLDERS = ("/usr/bin", "/usr/local/bin", "/usr/sbin", "/opt/bin", "/usr/lib/wsl/lib")
@@ -35,7 +35,7 @@ class Host:
         root: str | Path = "/",
         deadline: float = 20.0,
         system: str | None = None,
-        runner: Callable[[list[str], float], Answer] = run,
+        runner: Callable[[list[str], float], command.Answer] = command.run,
         connector: Callable[[str], str | None] = connect,
     ) -> None:
         self.root = Path(root)
@@ -48,7 +48,7 @@ class Host:
         """The path below the root."""
         return self.root / path.lstrip("/")
 
-    def run(self, argv: list[str]) -> Answer:
+    def run(self, argv: list[str]) -> command.Answer:
         """What a command answers within the deadline."""
         return self._runner(argv, self.deadline)
 
