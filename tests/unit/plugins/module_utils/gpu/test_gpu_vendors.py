@@ -163,6 +163,15 @@ def test_arc_a770_has_the_size_of_its_window(machine: Machine) -> None:
     assert (found["memory_mib"], found["iommu_group"], found["driver"]) == (16384, 19, "xe")
 
 
+@pytest.mark.parametrize(("product", "size"), [("56a5", 6144), ("56b0", 8192)])
+def test_known_product_before_its_window(machine: Machine, product: str, size: int) -> None:
+    """A window is a power of two: an A380 of 6 GB has one of 8. Of a product not known, it is all there is to see."""
+    folder = machine.card("0000:03:00.0", f"8086:{product}", driver="i915")
+    machine.file(f"{folder}/resource", _resource("Memory at 6000000000 (64-bit, prefetchable) [size=8G]"))
+    (found,) = gather(machine.host())["inference_gpus"]
+    assert found["memory_mib"] == size
+
+
 def test_xe_tells_the_size(machine: Machine) -> None:
     """What the driver tells goes before everything else."""
     folder = machine.card("0000:03:00.0", "8086:e20b", driver="xe")
