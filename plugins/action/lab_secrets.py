@@ -40,8 +40,8 @@ class ActionModule(ActionBase):
         made = {name: PREFIXES.get(name, "") + secrets.token_urlsafe(32) for name in args["names"] if not known.get(name)}
         if made and not self._task.check_mode:
             self.write(path, {**{name: str(value) for name, value in known.items()}, **made})
-        result.update(changed=bool(made), path=str(path), names=sorted(made), ansible_facts={**known, **made}, _ansible_no_log=False)
-        result["ansible_facts"] = {name: str(value) for name, value in result["ansible_facts"].items()}
+        values = {name: str(value) for name, value in {**known, **made}.items()}
+        result.update(changed=bool(made), path=str(path), names=sorted(made), secrets=values)
         return result
 
     def write(self, path: Path, values: dict[str, str]) -> None:

@@ -5,10 +5,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
 from ansible_collections.homelab.inference.plugins.plugin_utils import lock, planning
+
+
+def lock_text(value: dict[str, Any]) -> str:
+    """Return the lock as text; Ansible's own string types, which YAML does not know, become plain ones by way of JSON."""
+    return lock.render(json.loads(json.dumps(value)))
 
 
 class FilterModule:
@@ -17,9 +23,10 @@ class FilterModule:
     def filters(self) -> dict[str, Callable[..., Any]]:
         """Return them."""
         return {
-            "lock_text": lock.render,
+            "lock_text": lock_text,
             "make_lock": planning.make_lock,
             "model_sources": planning.sources,
             "plan_table": planning.table,
             "resolve_models": planning.resolve,
+            "unresolved_models": planning.unresolved,
         }

@@ -114,7 +114,7 @@ def server_options(model: dict[str, Any], devices: list[dict[str, Any]], shares:
         options["tensor-split"] = [shares[device["id"]] for device in devices]
     if model["mode"] == "embedding":
         # The whole text is one batch for an embedding: a prompt longer than the physical batch is refused.
-        options |= {"embeddings": True, "batch-size": context, "ubatch-size": context}
+        options |= {"batch-size": context, "ubatch-size": context}
     return {**options, **model["args"]}
 
 
@@ -247,19 +247,26 @@ def _same(file: dict[str, Any], entry: dict[str, Any]) -> bool:
     return file["size"] == entry["size"] and (None in both or both[0] == both[1])
 
 
-def plan(models: dict[str, dict[str, Any]], resolved: dict[str, dict[str, Any]], nodes: dict[str, dict[str, Any]], previous: list[dict[str, Any]]) -> dict[str, Any]:
+def plan(
+    models: dict[str, dict[str, Any]],
+    resolved: dict[str, dict[str, Any]],
+    nodes: dict[str, dict[str, Any]],
+    previous: list[dict[str, Any]],
+    unresolved: dict[str, str] | None = None,
+) -> dict[str, Any]:
     """Return C({instances, refused}).
 
     :param models: the registry in normal form, in the order in which models are served (lab.models).
     :param resolved: per model C({files: [{name, size, sha256}], shape}); a model without an entry is refused.
     :param nodes: per inference node C({devices, memory_mib, presence, library, ports, reservations}), sizes in MiB.
     :param previous: the instances of the plan in force.
+    :param unresolved: per model without files the reason why.
     """
     planner = Planner(nodes, [instance for instance in previous if instance["model"] in models])
     for name, model in models.items():
-        if name not in resolved:
-            planner.refused.append({"model": name, "reason": "its files could not be found; see the messages above"})
-        else:
+        if name in resolved:
             planner.place(model, resolved[name])
+        else:
+            planner.refused.append({"model": name, "reason": (unresolved or {}).get(name, "its files are not known")})
     planner.ports(models)
     return {"instances": planner.instances, "refused": planner.refused}

@@ -27,6 +27,10 @@ options:
     description: Per model its C(files) (name, size in bytes, sha256) and the C(shape) that the header tells.
     type: dict
     required: true
+  unresolved:
+    description: Per model without an entry in O(resolved) the reason why.
+    type: dict
+    default: {}
   nodes:
     description: Per inference node its C(devices), C(memory_mib), C(presence), C(library), C(ports) and C(reservations), sizes in MiB.
     type: dict
@@ -94,13 +98,14 @@ def main() -> None:
         argument_spec={
             "models": {"type": "dict", "required": True},
             "resolved": {"type": "dict", "required": True},
+            "unresolved": {"type": "dict", "default": {}},
             "nodes": {"type": "dict", "required": True},
             "previous": {"type": "list", "elements": "dict", "default": []},
         },
         supports_check_mode=True,
     )
     words = module.params
-    module.exit_json(changed=False, **plan(words["models"], words["resolved"], words["nodes"], words["previous"]))
+    module.exit_json(changed=False, **plan(words["models"], words["resolved"], words["nodes"], words["previous"], words["unresolved"]))
 
 
 if __name__ == "__main__":

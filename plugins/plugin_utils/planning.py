@@ -19,11 +19,14 @@ def sources(models: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     return [{"model": name, "source": model["source"]} for name, model in models.items() if any(kind in model["source"] for kind in REMOTE_SOURCES)]
 
 
-def resolve(models: dict[str, dict[str, Any]], found: list[dict[str, Any]], libraries: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, Any]]:
+def resolve(
+    models: dict[str, dict[str, Any]], found: list[dict[str, Any]], libraries: dict[str, list[dict[str, Any]]], lock: dict[str, Any] | None
+) -> dict[str, dict[str, Any]]:
     """Return per model its exact files and shape; a model whose files are nowhere has no entry.
 
-    :param found: what module model_source_info returned.
+    :param found: the models of what module model_source_info returned.
     :param libraries: per host the index of its model files (module gguf_info).
+    :param lock: the lock in force; it stands in for a source or a node that does not answer now.
     """
     outside = {entry["model"]: entry for entry in found}
     resolved: dict[str, dict[str, Any]] = {}
@@ -42,7 +45,19 @@ def resolve(models: dict[str, dict[str, Any]], found: list[dict[str, Any]], libr
             entry = _in_libraries(model["source"]["library"], libraries)
             if entry:
                 resolved[name] = entry
+        if name not in resolved and lock and name in lock["models"] and lock["declared"]["models"].get(name, {}).get("source") == model["source"]:
+            resolved[name] = lock["models"][name]
     return resolved
+
+
+def unresolved(models: dict[str, dict[str, Any]], problems: list[dict[str, str]], libraries: dict[str, list[dict[str, Any]]]) -> dict[str, str]:
+    """Return for each model that may have no files why: what its source said, or which libraries were looked through."""
+    reasons = {problem["model"]: problem["error"].rstrip(".") for problem in problems}
+    for name, model in models.items():
+        if "library" in model["source"]:
+            looked = ", ".join(host for host in libraries) or "no host"
+            reasons[name] = f"{model['source']['library']} lies in no node_library ({looked} answered)"
+    return reasons
 
 
 def _in_libraries(wanted: str, libraries: dict[str, list[dict[str, Any]]]) -> dict[str, Any] | None:

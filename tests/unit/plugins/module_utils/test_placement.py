@@ -113,5 +113,4 @@ def test_backends_by_vendor() -> None:
 def test_an_embedding_model_takes_its_whole_context_in_one_batch() -> None:
     plan = make({"vectors": {"categories": ["embed"], "context": 2048}}, {"a": node()}, gib=0.3)
     options = plan["instances"][0]["server_options"]
-    assert options["embeddings"] is True
     assert options["ubatch-size"] == options["batch-size"] == 2048

@@ -169,9 +169,18 @@ def test_a_file_of_a_library_is_found_by_name_or_path_with_its_shards() -> None:
     other = {**shard, "name": "b-00002-of-00002.gguf", "path": "x/b-00002-of-00002.gguf"}
     entry = {**shard, "library": "/m", "commit": None, "shape": {"quant": "Q4_0"}, "shards": [shard, other]}
     models = {"b": {"source": {"library": "x/b-00001-of-00002.gguf"}}, "c": {"source": {"library": "c.gguf"}}}
-    resolved = planning.resolve(models, [], {"nas": [entry]})
+    resolved = planning.resolve(models, [], {"nas": [entry]}, None)
     assert [file["path"] for file in resolved["b"]["files"]] == ["/m/x/b-00001-of-00002.gguf", "/m/x/b-00002-of-00002.gguf"]
     assert "c" not in resolved
+    assert planning.unresolved(models, [{"model": "z", "error": "no such repository."}], {"nas": []}) == {
+        "z": "no such repository",
+        "b": "x/b-00001-of-00002.gguf lies in no node_library (nas answered)",
+        "c": "c.gguf lies in no node_library (nas answered)",
+    }
+    known = {"models": {"c": {"files": []}}, "declared": {"models": {"c": {"source": {"library": "c.gguf"}}}}}
+    assert planning.resolve(models, [], {}, known) == {"c": {"files": []}}
+    known["declared"]["models"]["c"]["source"] = {"library": "another.gguf"}
+    assert planning.resolve(models, [], {}, known) == {}
 
 
 def test_the_table_shows_servers_devices_and_refusals() -> None:
