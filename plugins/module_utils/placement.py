@@ -40,6 +40,16 @@ def backend(device: dict[str, Any]) -> str:
     return VENDOR_BACKENDS[device["vendor"]]
 
 
+def worth_using(devices: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the devices that models are placed on: graphics built into a processor only where AMD's is all there is.
+
+    The one beside a graphics card has no memory of its own to add, and Intel's is not faster than the processor it sits in.
+    """
+    dedicated = any(device["memory_kind"] == "dedicated" for device in devices)
+    built_in = {"amd"} if dedicated else set()
+    return [device for device in devices if device["memory_kind"] == "dedicated" or device["vendor"] not in built_in | {"intel"}]
+
+
 class Room:
     """What is free on each node while a plan is being made, in MiB."""
 
@@ -54,7 +64,7 @@ class Room:
 
     def candidates(self, host: str, gpu_only: bool = False) -> list[list[dict[str, Any]]]:
         """Return the device sets to try on a node, best first: each GPU alone, all GPUs of one backend together, the processor."""
-        devices = self.nodes[host]["devices"]
+        devices = worth_using(self.nodes[host]["devices"])
         sets = [[device] for device in sorted(devices, key=lambda device: -self.free[host][device["id"]])]
         for kind in dict.fromkeys(backend(device) for device in devices):
             group = [device for device in devices if backend(device) == kind]

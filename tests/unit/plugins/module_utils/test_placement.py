@@ -104,6 +104,15 @@ def test_a_file_that_lies_on_the_node_is_used_there() -> None:
     assert make({"chat": {"context": 8192}}, {"a": node(library=[other])})["instances"][0]["library"] is None
 
 
+def test_graphics_built_into_the_processor_are_left_alone() -> None:
+    """A Ryzen 9700X shows its own graphics beside two Quadros; a NUC shows Intel's alone; Strix Halo's is the machine."""
+    quadro, ryzen, nuc = gpu(0, 16384), gpu(1, 32768, "amd", "unified"), gpu(0, 8192, "intel", "unified")
+    assert placement.worth_using([quadro, ryzen]) == [quadro]
+    assert placement.worth_using([nuc]) == []
+    assert placement.worth_using([ryzen]) == [ryzen]
+    assert placement.worth_using([gpu(0, 1, "apple", "unified")])
+
+
 def test_backends_by_vendor() -> None:
     assert placement.backend(gpu(0, 1, "amd")) == "rocm"
     assert placement.backend(gpu(0, 1, "amd", "unified")) == "vulkan"
