@@ -111,7 +111,7 @@ def test_every_default_has_a_comment(role):
 def test_the_readme_has_the_table_of_variables(role):
     readme = role / "README.md"
     text = readme.read_text(encoding="utf-8") if readme.exists() else ""
-    assert text == role_readmes.written(role), "run tests/role_readmes.py"
+    assert text == role_readmes.written(role), "run python3 tests/role_readmes.py"
 
 
 @pytest.mark.parametrize("role", ROLES, ids=role_names(ROLES))
