@@ -446,7 +446,7 @@ class Store:
         return True
 
     def size(self, wanted: Wanted) -> int | None:
-        """The size of the file that is wanted, None where only the server can tell. Refuses one that cannot be right."""
+        """The size of what is wanted, None where only the server can tell. Refuses one that cannot be right."""
         if wanted.kind != "path":
             return wanted.size
         source = LocalSource(wanted.source)
