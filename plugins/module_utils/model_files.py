@@ -255,7 +255,7 @@ class Download:
             length = headers.get("Content-Length")
             self.total = int(length) if length else None
             return 0
-        span, _, total = headers.get("Content-Range", "").rpartition("/")
+        span, _slash, total = headers.get("Content-Range", "").rpartition("/")
         self.total = int(total) if total.isdigit() else None
         if span.replace(" ", "").partition("-")[0] != f"bytes{offset}":
             raise ModelFilesError(f"Download of {self.name} failed: the server answers another range than asked for.")

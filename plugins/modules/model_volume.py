@@ -80,6 +80,10 @@ options:
       size:
         description: The file's size in bytes. Lets the module compare and count before it fetches.
         type: int
+      _mtime_ns:
+        description:
+          - Used by the action plugin, not meant for playbooks. Tells a file of the controller from an earlier one.
+        type: int
   verify:
     description:
       - When to read a file that is there already, to see whether its digest holds.
@@ -95,6 +99,9 @@ options:
       - Bearer token for downloads, as model hubs ask for it for some models. It is sent to the host of the URL alone,
         not to others that this host redirects to.
     type: str
+  _progress_file:
+    description: Used by the action plugin, not meant for playbooks. The file on the node that progress is written to.
+    type: path
 requirements:
   - On the node, root or the right to read and write Docker's volumes, and the Docker SDK for Python (python3-docker).
   - An engine that runs on the node itself. Volumes of Docker Desktop cannot be reached this way.
