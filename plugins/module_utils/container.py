@@ -752,9 +752,10 @@ class Manager:
                 "Load it, or let it be pulled."
             )
         if self.check_mode:
-            if not image:
-                self.actions.append("pull")
-            return image
+            if image and self._newest(reference, image):
+                return image
+            self.actions.append("pull")
+            return None
         self._pull(reference)
         pulled = self._inspect_image(reference)
         if not pulled:
@@ -762,6 +763,11 @@ class Manager:
         if not image or pulled["Id"] != image["Id"]:
             self.actions.append("pull")
         return pulled
+
+    def _newest(self, reference: str, image: Mapping[str, Any]) -> bool:
+        with _engine(f"Asking the registry for {reference}"):
+            digest = self.client.inspect_distribution(reference)["Descriptor"]["digest"]
+        return any(known.endswith(f"@{digest}") for known in image.get("RepoDigests") or [])
 
     def _pull(self, reference: str) -> None:
         repository, tag = docker.utils.parse_repository_tag(reference)

@@ -302,8 +302,6 @@ def _match(table: tuple[tuple[str, str], ...], text: str, words: Mapping[str, An
 def tail(log: str, lines: int = 15) -> list[str]:
     """The last lines of a log, without the frames of a backtrace, which say nothing to the reader."""
     kept = [
-        line.rstrip()
-        for line in log.splitlines()
-        if line.strip() and not re.match(r"\S+\.so\S*\(|llama-server\(\+", line)
+        line.rstrip() for line in log.splitlines() if line.strip() and not re.match(r"\S+\.so\S*\(|\S+\(\+0x", line)
     ]
     return kept[-lines:]

@@ -30,10 +30,9 @@ extends_documentation_fragment:
   - homelab.inference.attributes
 attributes:
   check_mode:
-    support: partial
+    support: full
     details:
-      - Also works where engine or image are still missing. With O(pull=always) it does not ask the registry whether
-        there is a newer image.
+      - Also works where engine, image or volume are still missing.
   diff_mode:
     support: full
     details:
@@ -170,6 +169,11 @@ options:
       - Seconds that the server has to end by itself before it is killed.
     type: int
     default: 30
+  _progress_file:
+    description:
+      - File on the node into which this module writes how far it is. The action plugin of this module gives it and
+        prints what it says; tasks have no use for it.
+    type: path
 requirements:
   - Docker SDK for Python 5.0 or newer (the package C(python3-docker) of the distribution)
 seealso:

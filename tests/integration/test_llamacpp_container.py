@@ -18,9 +18,12 @@ from pathlib import Path
 
 import pytest
 
-IMAGE = "homelab-inference/llama.cpp:dev"
+BUILT = "homelab-inference/llama.cpp:dev"
+REGISTRY = "homelab-inference/registry:bookworm"
 ROOT = Path(__file__).parents[2]
 PREFIX = f"lct-{secrets.token_hex(3)}"
+# A name of this run's own: the image may be built anew meanwhile.
+IMAGE = f"{PREFIX}:1"
 RPC_SERVER = "/usr/libexec/x86_64-linux-gnu/llama/bin/ggml-rpc-server"
 
 
@@ -54,6 +57,13 @@ def get(url, key=None):
         return error.code
 
 
+@pytest.fixture(scope="module", autouse=True)
+def image():
+    docker("tag", BUILT, IMAGE)
+    yield
+    docker("rmi", IMAGE, check=False)
+
+
 @pytest.fixture(scope="module")
 def volume(tmp_path_factory):
     """A volume with a model, and with two files that only look like one."""
@@ -68,6 +78,16 @@ def volume(tmp_path_factory):
     docker("rm", copy)
     yield name
     docker("volume", "rm", "-f", name)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def label_key():
+    """Leave the key of this machine as it was."""
+    path = Path("/etc/homelab-inference/label.key")
+    there = path.exists()
+    yield
+    if not there:
+        path.unlink(missing_ok=True)
 
 
 class Server:
@@ -264,6 +284,39 @@ def test_a_moved_tag_replaces_the_container(server):
         docker("rmi", "-f", tag)
 
 
+def test_the_image_comes_from_a_registry_by_tag_and_by_digest(server):
+    registry, port = f"{PREFIX}-registry", free_port()
+    docker("run", "-d", "--name", registry, "-p", f"127.0.0.1:{port}:5000", REGISTRY)
+    repository = f"127.0.0.1:{port}/llama.cpp"
+    tag = f"{repository}:b1"
+    try:
+        end = time.monotonic() + 30
+        docker("tag", IMAGE, tag)
+        while "digest: " not in (pushed := docker("push", tag, check=False)):
+            assert time.monotonic() < end, pushed
+        digest = f"{repository}@{pushed.split('digest: ')[1].split()[0]}"
+        docker("rmi", tag)
+        assert server.ok(check=True, image=tag)["actions"] == ["pull", "create", "start"]
+        assert server.ok(image=tag)["actions"] == ["pull", "create", "start"]
+        assert server.ok(image=tag)["actions"] == []
+        assert not server.ok(image=tag, pull="always")["changed"]
+        assert not server.ok(image=digest)["changed"]
+
+        build = ["docker", "build", "-q", "-t", tag, "-"]
+        subprocess.run(build, input=f"FROM {IMAGE}\nENV LAB=2\n", check=True, capture_output=True, text=True)
+        docker("push", tag)
+        docker("tag", IMAGE, tag)
+        assert not server.ok(image=tag)["changed"]
+        foreseen = server.ok(check=True, image=tag, pull="always")
+        assert foreseen["actions"] == server.ok(image=tag, pull="always")["actions"] == ["pull", "replace", "start"]
+        assert not server.ok(check=True, image=tag, pull="always")["changed"]
+        assert server.answers()
+    finally:
+        docker("rm", "-f", server.name, registry, check=False)
+        names = docker("images", "--digests", "--format", "{{.Repository}}@{{.Digest}}", repository).split()
+        docker("rmi", "-f", tag, *(name for name in names if "<none>" not in name), check=False)
+
+
 def test_a_model_that_does_not_load_leaves_the_old_server(server):
     server.ok()
     old = inspect(server.name)
@@ -298,7 +351,7 @@ def test_a_stopped_server_is_started_again(server):
 
 
 def test_a_foreign_container_stays_as_it_is(server):
-    docker("run", "-d", "--name", server.name, IMAGE, "sleep", "600")
+    docker("run", "-d", "--name", server.name, "--entrypoint", "sleep", IMAGE, "600")
     started_at = server.started_at()
     for check in (False, True):
         failed = server.fails(check=check)
@@ -315,7 +368,7 @@ def test_a_taken_port_is_named_while_the_old_server_serves(server):
     started_at = server.started_at()
     holder = f"{PREFIX}-holder"
     port = free_port()
-    docker("run", "-d", "--name", holder, "-p", f"127.0.0.1:{port}:80", IMAGE, "sleep", "600")
+    docker("run", "-d", "--name", holder, "-p", f"127.0.0.1:{port}:80", "--entrypoint", "sleep", IMAGE, "600")
     try:
         assert f"port {port} of the node is taken by container {holder}." in server.fails(port=port)["msg"]
     finally:
@@ -361,7 +414,7 @@ def test_layers_go_to_an_emulated_gpu(server):
     names = [f"{server.name}-gpu{index}" for index in range(2)]
     try:
         for index, name in enumerate(names):
-            docker("run", "-d", "--name", name, IMAGE, RPC_SERVER, "-H", "0.0.0.0", "-p", "50052")
+            docker("run", "-d", "--name", name, "--entrypoint", RPC_SERVER, IMAGE, "-H", "0.0.0.0", "-p", "50052")
             address = inspect(name)["NetworkSettings"]["IPAddress"]
             devices.append({"id": f"gpu{index}", "vendor": "emulated", "uuid": name, "endpoint": f"{address}:50052"})
         options = {"n-gpu-layers": 99, "tensor-split": [2, 1], "ctx-size": 256, "verbosity": 4}

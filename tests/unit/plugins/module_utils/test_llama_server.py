@@ -274,5 +274,5 @@ def test_where_nothing_is_known_the_last_error_or_nothing_is_said():
 
 def test_the_tail_leaves_backtraces_out():
     log = "".join(f"line {number}\n\n" for number in range(20))
-    log += "/usr/lib/x86_64-linux-gnu/libggml-base.so.0(ggml_abort+0x14e) [0x7f]\nllama-server(+0x1261) [0x56]\n"
+    log += "/usr/lib/x86_64-linux-gnu/libggml-base.so.0(ggml_abort+0x14e) [0x7f]\n/app/llama-server(+0x1261) [0x56]\n"
     assert llama_server.tail(log, 2) == ["line 18", "line 19"]
