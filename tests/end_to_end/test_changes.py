@@ -1,0 +1,171 @@
+# Copyright: Contributors to the homelab.inference project
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""A lab lives: models change and leave, nodes fail, the lab is taken off, and what is somebody else's is never touched.
+
+Needs the box (./lab up). The tests follow one another: each leaves the lab as the next expects it, the last as it was found.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from test_answers import BOX, INVENTORY, NODES, ROOT, chat, on
+
+LAB = yaml.safe_load((INVENTORY / "lab.yml").read_text(encoding="utf-8"))["all"]["vars"]
+FOREIGN = "somebody-elses"
+BIN = ROOT / ".cache" / "venv" / "bin"
+
+
+def playbook(name: str, *words: str, models: dict[str, Any] | None = None) -> subprocess.CompletedProcess[str]:
+    """Run a playbook on the box, with other models than it declares where they are given."""
+    command = [str(BIN / "ansible-playbook"), "-i", str(INVENTORY / "lab.yml"), f"playbooks/{name}.yml", *words]
+    if models is not None:
+        command += ["-e", json.dumps({"lab_models": models})]
+    environment = {**os.environ, "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"), "PATH": f"{BIN}:{os.environ['PATH']}"}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900, check=False)
+
+
+def good(result: subprocess.CompletedProcess[str]) -> str:
+    """Return the output of a run that has to succeed."""
+    assert result.returncode == 0, (result.stdout + result.stderr)[-6000:]
+    return result.stdout
+
+
+def changed(output: str) -> set[tuple[str, str]]:
+    """Return the objects that a run reports as changed, as (host, item)."""
+    return set(re.findall(r"^changed: \[(\w+)[^\]]*\](?: => \(item=([^)]*)\))?", output, re.MULTILINE))
+
+
+def started(node: str) -> dict[str, str]:
+    """Return when each container of a node was started."""
+    lines = on(node, "docker ps -aq | xargs -r docker inspect -f '{{.Name}} {{.State.StartedAt}}'").splitlines()
+    return dict(line.strip("/").split() for line in lines)
+
+
+@pytest.fixture(scope="module")
+def models() -> dict[str, Any]:
+    """Return the box's registry, its paths filled in."""
+    found = copy.deepcopy(LAB["lab_models"])
+    for model in found.values():
+        if "file" in model["source"]:
+            model["source"]["file"] = str(BOX / "models" / Path(model["source"]["file"]).name)
+    return found
+
+
+@pytest.fixture(scope="module", autouse=True)
+def foreign(models: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Let somebody else's container and daemon.json key be there from before the first run to after the last."""
+    image = on("helium", "docker ps --filter label=homelab.inference.managed -q | head -n1 | xargs docker inspect -f '{{.Image}}'").strip()
+    on("helium", f"docker run -d --name {FOREIGN} --entrypoint sleep {image} 86400")
+    on("helium", "mkdir -p /srv/theirs && echo theirs > /srv/theirs/file")
+    yield {"started": started("helium")[FOREIGN]}
+    on("helium", f"docker rm -f {FOREIGN}; rm -rf /srv/theirs")
+    good(playbook("plan"))
+    good(playbook("site", "-e", "lab_confirm_removal=true"))
+
+
+def unharmed(foreign: dict[str, Any]) -> None:
+    """Check that what is somebody else's is as it was."""
+    assert started("helium")[FOREIGN] == foreign["started"]
+    assert on("helium", "cat /srv/theirs/file") == "theirs\n"
+
+
+def test_a_changed_declaration_is_not_deployed_by_surprise(models: dict[str, Any], foreign: dict[str, Any]) -> None:
+    models["code"]["context"] = 1024
+    result = playbook("site", models=models)
+    assert result.returncode == 2
+    assert "models.code.context was 2048, is 1024" in result.stdout
+    assert "Run plan.yml" in result.stdout
+    unharmed(foreign)
+
+
+def test_a_change_touches_one_server_and_check_says_which(models: dict[str, Any], foreign: dict[str, Any]) -> None:
+    moves = good(playbook("plan", "--diff", models=models))
+    assert re.search(r"^-\s+ctx-size: 4096$", moves, re.MULTILINE) and re.search(r"^\+\s+ctx-size: 2048$", moves, re.MULTILINE)
+    before = started("helium") | {f"lithium/{name}": when for name, when in started("lithium").items()}
+    foreseen = changed(good(playbook("site", "--check", "--diff", models=models)))
+    assert started("helium") | {f"lithium/{name}": when for name, when in started("lithium").items()} == before
+    done = changed(good(playbook("site", "--diff", models=models)))
+    assert foreseen == done
+    after = started("helium") | {f"lithium/{name}": when for name, when in started("lithium").items()}
+    assert {name for name in before if before[name] != after[name]} == {"llamacpp-code"}
+    unharmed(foreign)
+
+
+def test_a_model_that_leaves_is_shown_and_goes_and_its_neighbours_stay(models: dict[str, Any], foreign: dict[str, Any]) -> None:
+    left = {name: model for name, model in models.items() if name != "code"}
+    good(playbook("plan", models=left))
+    before = started("helium")
+    shown = good(playbook("site", models=left))
+    assert re.search(r"GOES AWAY \(its data stays\):\n\s+llamacpp-code on helium", shown)
+    after = started("helium")
+    assert set(before) - set(after) == {"llamacpp-code"}
+    assert all(before[name] == when for name, when in after.items())
+    assert "llamacpp-code" not in on("helium", "ls /etc/systemd/system")
+    unharmed(foreign)
+
+
+def test_most_of_the_lab_does_not_go_without_a_word(models: dict[str, Any], foreign: dict[str, Any]) -> None:
+    left = {"embed": {**models["embed"], "replicas": 1, "nodes": "helium"}}
+    good(playbook("plan", models=left))
+    before = started("helium")
+    result = playbook("site", models=left)
+    assert result.returncode == 2
+    assert "lab_confirm_removal=true" in result.stdout
+    assert started("helium") == before
+    unharmed(foreign)
+
+
+def test_a_node_that_is_away_is_named_and_holds_up_nobody(models: dict[str, Any], foreign: dict[str, Any]) -> None:
+    good(playbook("plan", models=models))
+    subprocess.run(["docker", "stop", "lithium"], check=True, capture_output=True, timeout=120)
+    try:
+        result = playbook("site", models=models)
+        assert result.returncode == 4
+        assert re.search(r"^lithium\s+:.*unreachable=1", result.stdout, re.MULTILINE)
+        assert re.search(r"^helium\s+:.*unreachable=0\s+failed=0", result.stdout, re.MULTILINE), result.stdout[-4000:]
+        assert "llamacpp-code" in started("helium")
+        secrets = yaml.safe_load((INVENTORY / "group_vars" / "all" / "secrets.yml").read_text(encoding="utf-8"))
+        assert chat(secrets, "chat")[0] == 200
+    finally:
+        subprocess.run(["docker", "start", "lithium"], check=True, capture_output=True, timeout=120)
+    unharmed(foreign)
+
+
+def test_an_engine_that_is_down_is_started_by_the_next_run(models: dict[str, Any], foreign: dict[str, Any]) -> None:
+    on("lithium", "systemctl stop docker.socket docker.service; systemctl reset-failed docker.service docker.socket")
+    good(playbook("site", models=models))
+    assert "llamacpp-chat-2" in started("lithium")
+    health = good(playbook("health", "-e", "lab_health_file=/tmp/lab-health.json", models=models))
+    assert "HEALTHY" in health
+    report = json.loads(Path("/tmp/lab-health.json").read_text(encoding="utf-8"))
+    Path("/tmp/lab-health.json").unlink()
+    assert report["overall"] == "HEALTHY"
+    assert set(report["tiers"]) == {"REMOTE", "GATEWAY"}
+    unharmed(foreign)
+
+
+def test_the_lab_comes_off_and_leaves_what_it_did_not_make(models: dict[str, Any], foreign: dict[str, Any]) -> None:
+    good(playbook("remove", models=models))
+    for node in NODES:
+        assert on(node, "docker ps -aq --filter label=homelab.inference.managed") == ""
+        assert on(node, "ls /etc/systemd/system /usr/local/lib | grep -E 'llamacpp|homelab' || true") == ""
+        # What the box itself put there is no part of the lab.
+        assert on(node, "ls /etc/homelab-inference 2>/dev/null | grep -v emulated-gpus.json || true") == ""
+    unharmed(foreign)
+    second = good(playbook("remove", models=models))
+    assert changed(second) == set()
+    good(playbook("plan", models=models))
+    good(playbook("site", models=models))
+    unharmed(foreign)
