@@ -380,7 +380,9 @@ class Server(ThreadingHTTPServer):
         self.ranges = True
         self.etag = '"one"'
         self.length = True
+        self.content = CONTENT
         self.cut_after = []
+        self.replaced_by = None
         self.fail = []
         self.token = None
         self.redirect = None
@@ -415,19 +417,21 @@ class Handler(BaseHTTPRequestHandler):
         wanted = self.headers.get("Range")
         if wanted and server.ranges and self.headers.get("If-Range") in (None, server.etag):
             begin = int(wanted.removeprefix("bytes=").removesuffix("-"))
-        if begin >= len(CONTENT) and begin:
+        if begin >= len(server.content) and begin:
             self.send_error(416)
             return
         self.send_response(206 if begin else 200)
         if begin:
-            self.send_header("Content-Range", f"bytes {begin}-{len(CONTENT) - 1}/{len(CONTENT)}")
+            self.send_header("Content-Range", f"bytes {begin}-{len(server.content) - 1}/{len(server.content)}")
         if server.length:
-            self.send_header("Content-Length", str(len(CONTENT) - begin))
+            self.send_header("Content-Length", str(len(server.content) - begin))
         if server.etag:
             self.send_header("ETag", server.etag)
         self.end_headers()
-        body = CONTENT[begin:]
+        body = server.content[begin:]
         self.wfile.write(body[: server.cut_after.pop(0)] if server.cut_after else body)
+        if server.replaced_by:
+            server.content, server.etag = server.replaced_by
 
 
 @pytest.fixture
@@ -498,6 +502,15 @@ def test_another_file_at_the_same_url_is_not_appended(volume, server, first, sec
     store.fetch(server.wanted())
     assert store.fetched_bytes == len(CONTENT)
     assert (volume / "chat.gguf").read_bytes() == CONTENT
+
+
+def test_a_file_that_is_replaced_between_two_attempts(volume, server):
+    server.content, server.cut_after = bytes(len(CONTENT)), [1_000_000]
+    server.replaced_by = (CONTENT, '"two"')
+    store = Store(volume)
+    store.fetch(server.wanted())
+    assert (volume / "chat.gguf").read_bytes() == CONTENT
+    assert store.fetched_bytes == 1_000_000 + len(CONTENT)
 
 
 def test_a_part_without_validator_and_digest_is_not_continued(volume, server):
