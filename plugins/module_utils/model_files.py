@@ -613,8 +613,8 @@ class Store:
                 position += count
                 self.fetched_bytes += count
                 digest.grow(position)
-                if isinstance(source, LocalSource):
-                    digest.wait(position - AHEAD)
+                while isinstance(source, LocalSource) and not digest.wait(position - AHEAD, 0.5):
+                    self.progress.report(f"checking {wanted.name}", digest.position, position, "bytes")
                 if position - flushed >= FLUSH_EVERY and (flush is None or flush.done()):
                     if flush:
                         flush.result()

@@ -49,7 +49,9 @@ def prefix(engine):
 class Run:
     """One task of model_volume and what came of it."""
 
-    def __init__(self, folder: Path, *, check=False, inventory="localhost,", variables=None, kill=None, **options):
+    def __init__(
+        self, folder: Path, *, check=False, verbose=False, inventory="localhost,", variables=None, kill=None, **options
+    ):
         self.result_file = folder / "result.json"
         self.result_file.unlink(missing_ok=True)
         play = [
@@ -83,7 +85,7 @@ class Run:
         environment = {**os.environ, "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg")}
         environment["ANSIBLE_COLLECTIONS_PATH"] = str(ROOT / ".cache")
         process = subprocess.Popen(
-            [*command, "--check"] if check else command,
+            command + ["--check"] * check + ["-vvv"] * verbose,
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -274,14 +276,8 @@ def small_disk(tmp_path):
     subprocess.run(["umount", str(directory)], check=True)
 
 
-def test_a_full_disk(engine, prefix, task, tmp_path, small_disk):
-    """The volume lies on a small disk: told before the first byte, and when somebody else fills it meanwhile."""
-    engine.volumes.create(
-        name=prefix,
-        driver="local",
-        driver_opts={"type": "none", "o": "bind", "device": str(small_disk)},
-        labels={"homelab.inference.managed": "true"},
-    )
+def test_a_full_disk(tmp_path, small_disk):
+    """Told before the first byte, and when the space goes to somebody else meanwhile; continued when there is room."""
     path = tmp_path / "large.gguf"
     digest = write(path, 80 * MIB)
     wanted = Wanted("large.gguf", "path", str(path), digest)
@@ -374,7 +370,7 @@ def test_from_a_url_with_progress_and_without_the_token(engine, prefix, task, tm
     (tmp_path / "www").mkdir()
     path = tmp_path / "www" / "chat.gguf"
     digest = write(path, 30 * MIB)
-    seen = []
+    seen, commands = [], []
 
     class Slow(SimpleHTTPRequestHandler):
         def __init__(self, *args):
@@ -384,6 +380,9 @@ def test_from_a_url_with_progress_and_without_the_token(engine, prefix, task, tm
             seen.append(self.headers.get("Authorization"))
 
         def copyfile(self, source, outputfile):
+            for process in Path("/proc").glob("[0-9]*"):
+                with contextlib.suppress(OSError):
+                    commands.append((process / "cmdline").read_text())
             while block := source.read(2 * MIB):
                 outputfile.write(block)
                 time.sleep(0.6)
@@ -392,6 +391,7 @@ def test_from_a_url_with_progress_and_without_the_token(engine, prefix, task, tm
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}"
         made = task(
+            verbose=True,
             name=prefix,
             url_token="hf_verysecret",
             files=[{"name": "chat.gguf", "url": f"{url}/chat.gguf", "sha256": digest}],
@@ -401,6 +401,8 @@ def test_from_a_url_with_progress_and_without_the_token(engine, prefix, task, tm
     assert made.changed
     assert seen[0] == "Bearer hf_verysecret"
     assert "hf_verysecret" not in made.output
+    assert any("AnsiballZ_model_volume" in one for one in commands)
+    assert not any("hf_verysecret" in one for one in commands)
     assert re.search(r"\[localhost\] downloading chat.gguf \d+ % \(\d+ of 30 MiB", made.output)
     assert f"Download of {url}/other.gguf failed: HTTP 404 File not found. Check the URL." in missing.msg
 
