@@ -1,21 +1,38 @@
 # Copyright: Contributors to the homelab.inference project
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Writes the box's own models: real GGUF files, small, with random weights. What they say means nothing; how they are served is real.
+"""Fetches or writes the box's models: chat.gguf, code.gguf, embed.gguf.
 
-    python3 tests/images/model/build.py DIRECTORY      writes chat.gguf, code.gguf, embed.gguf and RANDOM
+    python3 tests/images/model/build.py DIRECTORY
+
+Where a model hub is reached they are small published models, pinned by commit and digest. Else they are written here: real GGUF
+files with random weights. What those say means nothing, how they are served is real; the file RANDOM beside them names them.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import sys
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import gguf
 import numpy as np
 
-BUMP = "1"  # Change it with the content of the files: they are written anew then.
+SEEDS = {"chat": 0, "code": 1, "embed": 2}
+BUMP = "1"  # Change it with the content of the written files: they are written anew then.
+
+HUB = "https://huggingface.co"
+SMOLLM2 = (
+    "bartowski/SmolLM2-360M-Instruct-GGUF/resolve/7be6f65f1db715fe5dc5a4634c0d459b4eed42ec/SmolLM2-360M-Instruct-Q4_K_M.gguf",
+    "2fa3f013dcdd7b99f9b237717fa0b12d75bbb89984cc1274be1471a465bac9c2",
+)
+NOMIC_EMBED = (
+    "nomic-ai/nomic-embed-text-v1.5-GGUF/resolve/0188c9bf409793f810680a5a431e7b899c46104c/nomic-embed-text-v1.5.Q8_0.gguf",
+    "3e24342164b3d94991ba9692fdc0dd08e3fd7362e0aacc396a9a5c54a544c3b7",
+)
 
 WORDS = """a about above after again all along also always and another answer any are around as ask at away back be because before
 begin best better between both box but by call can card chat close cloud come copy could count day deep do does done door down each
@@ -160,19 +177,46 @@ def finish(writer: gguf.GGUFWriter) -> None:
     writer.close()
 
 
+def fetch(path: Path, source: tuple[str, str]) -> None:
+    """Fetch a published file; it is in place only when its digest holds."""
+    address, sha256 = source
+    digest = hashlib.sha256()
+    with urllib.request.urlopen(f"{HUB}/{address}", timeout=5) as answer, path.open("wb") as file:
+        total, done, told = int(answer.headers["Content-Length"]), 0, 0
+        while block := answer.read(1 << 20):
+            digest.update(block)
+            file.write(block)
+            done += len(block)
+            if done * 10 // total > told:
+                told = done * 10 // total
+                print(f"{address.rsplit('/', 1)[1]}: {told * 10} % of {total / 1e6:.0f} MB", flush=True)
+    if digest.hexdigest() != sha256:
+        raise OSError(f"{address} has the digest {digest.hexdigest()} instead of {sha256}")
+
+
 def main() -> None:
-    """Write what is missing, each file whole or not at all."""
+    """Make what is missing, each file whole or not at all."""
     directory = Path(sys.argv[1])
-    marker = directory / "RANDOM"
-    if marker.exists() and marker.read_text() == BUMP and all((directory / f"{name}.gguf").exists() for name in ("chat", "code", "embed")):
-        return
     directory.mkdir(parents=True, exist_ok=True)
-    for seed, (name, make) in enumerate((("chat", chat_model), ("code", chat_model), ("embed", embedding_model))):
-        partial = directory / f"{name}.gguf.partial"
-        make(partial, f"box {name}", seed)
-        os.replace(partial, directory / f"{name}.gguf")
-        print(f"written {directory / name}.gguf")
-    marker.write_text(BUMP)
+    marker = directory / "RANDOM"
+    bump, *random = marker.read_text().split() if marker.exists() else [BUMP]
+    missing = [name for name in SEEDS if not (directory / f"{name}.gguf").exists() or (name in random and bump != BUMP)]
+    for name in missing:
+        target, partial = directory / f"{name}.gguf", directory / f"{name}.gguf.partial"
+        partial.unlink(missing_ok=True)
+        random = [other for other in random if other != name]
+        try:
+            if name == "code" and "chat" not in random:
+                os.link(directory / "chat.gguf", partial)
+            else:
+                fetch(partial, NOMIC_EMBED if name == "embed" else SMOLLM2)
+        except (OSError, TypeError, ValueError) as error:
+            print(f"{name}.gguf: no model hub ({error}), so it gets random weights", flush=True)
+            random.append(name)
+            (embedding_model if name == "embed" else chat_model)(partial, f"box {name}", SEEDS[name])
+        os.replace(partial, target)
+        print(f"written {target}", flush=True)
+    marker.write_text("\n".join([BUMP, *random]) + "\n")
 
 
 if __name__ == "__main__":
