@@ -232,7 +232,7 @@ class Download:
             self._response = self._opener.open(request, timeout=SILENCE)
         except urllib.error.HTTPError as error:
             error.close()
-            if error.code == 416:
+            if error.code == 416 and offset:
                 # Nothing behind the offset: the part is longer than the file, or the server cannot do better.
                 return self.start(0)
             raise self._refusal(error.code, error.reason) from error
