@@ -35,6 +35,7 @@ def default_cap(memory_mib: int) -> int:
     """Metal's recommendedMaxWorkingSetSize where nobody set a limit.
 
     Seen: 21845 MB of 32 GB (ollama/ollama#434), 48 of 64 GiB (ggml-org/llama.cpp#1870). Newer systems give more
-    (11.84 of 16 GB, AlexsJones/llmfit#754; 107.5 of 128 GiB), so this is what may be relied on, not the most there is.
+    (11.84 of 16 GB, AlexsJones/llmfit#754; 77.76 of 96 GiB, joshuahickscorp/hawking; 107.5 of 128 GiB), so this is
+    what may be relied on, not the most there is.
     """
     return memory_mib * 2 // 3 if memory_mib <= 36 * 1024 else memory_mib * 3 // 4

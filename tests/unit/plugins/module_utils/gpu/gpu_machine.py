@@ -17,11 +17,28 @@ FIXTURES = Path(__file__).resolve().parents[3] / "fixtures" / "gpu"
 
 _LSPCI = re.compile(r"^(\S+) .*?\[(\w{4})\]: .*\[(\w{4}):(\w{4})\]")
 _SUBSYSTEM = re.compile(r"^\s+Subsystem: .*\[(\w{4}):(\w{4})\]", re.MULTILINE)
+_LISTED = re.compile(r"^GPU \d+: (.+) \(UUID: (\S+)\)", re.MULTILINE)
+_TABLE_ROW = re.compile(r"^\|.+\| (\w{8}:\S+) .*\n\|.+\| +(\d+)MiB / (\d+)MiB ", re.MULTILINE)
 
 
 def recorded(name: str) -> str:
     """A fixture's text."""
     return (FIXTURES / name).read_text(encoding="utf-8")
+
+
+def two_quadros() -> str:
+    """The recorded machine with two Quadros as nvidia-smi -q would log it, the last card first."""
+    table = recorded("nvidia_two_quadros_table.txt")
+    listed = _LISTED.findall(recorded("nvidia_two_quadros_list.txt"))
+    card = recorded("nvidia_quadro_rtx_5000_pci.txt").splitlines()
+    identity = [line for line in card if line.startswith(("        Device Id", "        Sub System Id"))]
+    driver = re.search(r"Driver Version: (\S+)", table)[1]
+    log = [f"Driver Version : {driver}"]
+    for (name, uuid), (address, used, total) in reversed(list(zip(listed, _TABLE_ROW.findall(table)))):
+        log += [f"GPU {address}", f"    Product Name : {name}", f"    GPU UUID : {uuid}", "    PCI", *identity]
+        log += [f"        Bus Id : {address}", "    FB Memory Usage"]
+        log += [f"        Total : {total} MiB", f"        Used : {used} MiB"]
+    return "\n".join(log) + "\n"
 
 
 class Machine:

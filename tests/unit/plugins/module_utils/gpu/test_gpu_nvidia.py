@@ -11,7 +11,11 @@ import pytest
 from ansible_collections.homelab.inference.plugins.module_utils.gpu import nvidia
 from ansible_collections.homelab.inference.plugins.module_utils.gpu.command import Answer
 from ansible_collections.homelab.inference.plugins.module_utils.gpu.facts import gather
-from ansible_collections.homelab.inference.tests.unit.plugins.module_utils.gpu.gpu_machine import Machine, recorded
+from ansible_collections.homelab.inference.tests.unit.plugins.module_utils.gpu.gpu_machine import (
+    Machine,
+    recorded,
+    two_quadros,
+)
 
 CAPABILITY = ("--query-gpu=compute_cap", "--format=csv,noheader")
 
@@ -106,16 +110,42 @@ def test_quadro_of_an_old_driver() -> None:
     assert (found["pci"], found["pci_id"], found["subsystem_id"]) == ("0000:82:00.0", "10de:1eb0", "10de:129f")
 
 
-def test_numbers_follow_the_address_not_the_tool(machine: Machine) -> None:
-    """nvidia-smi may list cards in another order than the bus has them."""
-    machine.nvidia(recorded("synthetic_nvidia_two_quadros.txt"))
+def test_two_quadros(machine: Machine) -> None:
+    """The cards of a lab come out whole, numbered by address even where nvidia-smi lists them in another order."""
+    machine.nvidia(two_quadros())
     machine.answers[CAPABILITY] = Answer(0, "7.5\n7.5\n")
-    devices = gather(machine.host())["inference_gpus"]
-    assert [(found["id"], found["pci"], found["memory_mib"]) for found in devices] == [
-        ("gpu0", "0000:67:00.0", 16095),
-        ("gpu1", "0000:68:00.0", 16092),
+    facts = gather(machine.host())
+    common = {
+        "vendor": "nvidia",
+        "name": "Quadro RTX 5000",
+        "memory_kind": "dedicated",
+        "cap_mib": None,
+        "driver": "418.87.00",
+        "architecture": "sm_75",
+        "pci_id": "10de:1eb0",
+        "subsystem_id": "10de:129f",
+    }
+    assert facts["inference_gpus"] == [
+        {
+            "id": "gpu0",
+            "uuid": "GPU-1f923d52-ea64-f463-96a4-3bece2719a8b",
+            "pci": "0000:67:00.0",
+            "memory_mib": 16095,
+            "used_mib": 15871,
+            "iommu_group": 31,
+            **common,
+        },
+        {
+            "id": "gpu1",
+            "uuid": "GPU-20947179-1907-5468-1325-a3fc16f5a54e",
+            "pci": "0000:68:00.0",
+            "memory_mib": 16092,
+            "used_mib": 15869,
+            "iommu_group": 30,
+            **common,
+        },
     ]
-    assert {found["architecture"] for found in devices} == {"sm_75"}
+    assert facts["inference_gpu_problems"] == []
 
 
 def test_driver_that_does_not_know_compute_cap(machine: Machine) -> None:
@@ -152,7 +182,7 @@ def _problem(machine: Machine) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("answer", "state", "evidence"),
     [
-        (Answer(18, recorded("nvidia_mismatch.txt")), "driver_mismatch", "NVML library version: 550.54"),
+        (Answer(18, recorded("nvidia_mismatch.txt")), "driver_mismatch", "NVML library version: 570.124"),
         (Answer(255, recorded("nvidia_nvml_unknown_error.txt")), "nvml_lost", "Unknown Error"),
         (Answer(9, recorded("synthetic_nvidia_no_driver.txt")), "lost", "couldn't communicate"),
         (Answer(6, "No devices were found\n"), "lost", "0000:05:00.0 on the PCI bus"),
@@ -201,21 +231,21 @@ def test_card_of_a_virtual_machine(machine: Machine) -> None:
 def test_mismatch_seen_on_disk(machine: Machine) -> None:
     """An upgraded library beside a loaded old module is found even where nvidia-smi still answers."""
     machine.nvidia(recorded("nvidia_rtx_3090_ti.txt"))
-    machine.file("/proc/driver/nvidia/version", recorded("nvidia_module_515.txt"))
+    machine.file("/proc/driver/nvidia/version", recorded("nvidia_module_384.txt"))
     machine.file("/usr/lib/x86_64-linux-gnu/libnvidia-ml.so.580.142")
     (machine.root / "usr/lib/x86_64-linux-gnu/libnvidia-ml.so.1").symlink_to("libnvidia-ml.so.580.142")
     found = _problem(machine)
     assert found["state"] == "driver_mismatch"
-    assert "515.76" in found["evidence"]
+    assert "384.98" in found["evidence"]
     assert "580.142" in found["evidence"]
     facts = gather(machine.host())
-    assert facts["inference_gpu_drivers"] == {"nvidia": {"version": "515.76", "library_version": "580.142"}}
+    assert facts["inference_gpu_drivers"] == {"nvidia": {"version": "384.98", "library_version": "580.142"}}
     assert len(facts["inference_gpus"]) == 1
 
 
 @pytest.mark.parametrize(
     ("fixture", "version"),
-    [("nvidia_module_515.txt", "515.76"), ("synthetic_nvidia_module_open.txt", "580.142")],
+    [("nvidia_module_384.txt", "384.98"), ("nvidia_module_open_565.txt", "565.57.01")],
 )
 def test_module_version(fixture: str, version: str) -> None:
     """Both kinds of kernel module."""

@@ -31,22 +31,29 @@ def test_graphics_that_cannot_compute(machine: Machine) -> None:
 
 
 def _r9700(machine: Machine) -> str:
-    folder = machine.card("0000:05:00.0", "1002:7551", driver="amdgpu", group=17)
+    agent = dict(re.findall(r"^ +(.+?): +(\S+)", recorded("amd_r9700_rocminfo.txt"), re.MULTILINE))
+    size = int(re.search(r"Size: +(\d+)\(\w+\) KB", recorded("amd_r9700_pool.txt"))[1]) * 1024
+    location, chip = int(agent["BDFID"]), re.search(r"0x(\w+)", agent["Chip ID"])[1]
+    address = f"0000:{location >> 8:02x}:00.0"
+    folder = machine.card(address, f"1002:{chip}", driver="amdgpu", group=17)
     machine.render_node(folder)
     machine.file("/dev/kfd")
     machine.file(f"{amd.NODES}/0/properties", "cpu_cores_count 20\nsimd_count 0\n")
-    machine.file(f"{amd.NODES}/1/properties", recorded("amd_r9700_kfd.txt"))
+    machine.file(
+        f"{amd.NODES}/{agent['Node']}/properties",
+        f"simd_count 128\ngfx_target_version 120001\nlocation_id {location}\ndomain 0\n",
+    )
+    assert amd.gfx_target(120001) == agent["Name"]
     machine.file("/usr/share/misc/pci.ids", recorded("synthetic_pci_ids.txt"))
-    size = amd.parse_properties(recorded("amd_r9700_memory.txt"))["size_in_bytes"]
     machine.file(f"{folder}/mem_info_vram_total", f"{size}\n")
     machine.file(f"{folder}/mem_info_vram_used", "29200384\n")
+    machine.file(f"{folder}/unique_id", f"{agent['Uuid'][4:]}\n")
     return folder
 
 
 def test_radeon_ai_pro_r9700(machine: Machine) -> None:
-    """A card of its own memory, with the groups a container must join."""
-    folder = _r9700(machine)
-    machine.file(f"{folder}/unique_id", "7de67b56aa8e9b5c\n")
+    """A card of its own memory, with the identifier that ROCm gives it and the groups a container must join."""
+    _r9700(machine)
     machine.file("/proc/sys/kernel/osrelease", "6.12.48+deb13-amd64\n")
     facts = gather(machine.host())
     assert facts["inference_gpus"] == [
@@ -54,9 +61,9 @@ def test_radeon_ai_pro_r9700(machine: Machine) -> None:
             "id": "gpu0",
             "vendor": "amd",
             "name": "AMD Navi 48 [Radeon AI PRO R9700]",
-            "uuid": "GPU-7de67b56aa8e9b5c",
-            "pci": "0000:05:00.0",
-            "memory_mib": 32624,
+            "uuid": "GPU-3919877325193652",
+            "pci": "0000:0d:00.0",
+            "memory_mib": 30576,
             "memory_kind": "dedicated",
             "cap_mib": None,
             "driver": "amdgpu",
@@ -191,7 +198,7 @@ def test_integrated_intel_graphics_share_the_memory(machine: Machine) -> None:
 
 
 def test_apple_m3_ultra(machine: Machine) -> None:
-    """96 GB, of which macOS gives the GPU 72 GiB as long as nobody says otherwise."""
+    """96 GB, of which 72 GiB may be relied on as long as nobody says otherwise: no more than Metal recommends."""
     names = (apple.CHIP, apple.MEMORY, apple.LIMIT)
     machine.answers[names] = Answer(1, recorded("apple_m3_ultra_sysctl.txt") + "sysctl: unknown oid 'iogpu'\n")
     facts = gather(machine.host("Darwin"))
@@ -207,6 +214,8 @@ def test_apple_m3_ultra(machine: Machine) -> None:
             "cap_mib": 73728,
         }
     ]
+    recommended = re.search(r"recommendedMaxWorkingSetSize += ([\d.]+) MB", recorded("apple_m3_ultra_llama_cpp.txt"))
+    assert facts["inference_gpus"][0]["cap_mib"] <= float(recommended[1]) * 1e6 / 2**20
     machine.answers[names] = Answer(0, recorded("synthetic_apple_sysctl_limit.txt"))
     assert gather(machine.host("Darwin"))["inference_gpus"][0]["cap_mib"] == 90112
     assert gather(machine.host("Linux")) == NOTHING
@@ -222,11 +231,11 @@ def _orin(machine: Machine) -> None:
     machine.file("/etc/nv_tegra_release", recorded("tegra_agx_orin_release.txt"))
     machine.file("/proc/device-tree/model", recorded("tegra_agx_orin_model.txt"))
     machine.file("/proc/device-tree/compatible", recorded("tegra_agx_orin_compatible.txt"))
-    machine.file("/proc/meminfo", recorded("synthetic_meminfo.txt"))
+    machine.file("/proc/meminfo", recorded("tegra_agx_orin_meminfo.txt"))
 
 
 def test_jetson_agx_orin(machine: Machine) -> None:
-    """The chip's GPU has the machine's memory."""
+    """The chip's GPU has the machine's memory, as much as NVIDIA's own tool sees."""
     _orin(machine)
     facts = gather(machine.host())
     assert facts["inference_gpus"] == [
@@ -236,13 +245,15 @@ def test_jetson_agx_orin(machine: Machine) -> None:
             "name": "NVIDIA Jetson AGX Orin Developer Kit",
             "uuid": None,
             "pci": None,
-            "memory_mib": 62827,
+            "memory_mib": 62841,
             "memory_kind": "unified",
             "cap_mib": None,
             "driver": "R39.2.0",
             "architecture": "sm_87",
         }
     ]
+    seen = re.search(r" RAM \d+/(\d+)MB ", recorded("tegra_agx_orin_tegrastats.txt"))
+    assert facts["inference_gpus"][0]["memory_mib"] == int(seen[1])
     assert facts["inference_gpu_drivers"] == {"tegra": {"version": "R39.2.0"}}
 
 
