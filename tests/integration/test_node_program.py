@@ -34,12 +34,13 @@ class Lab(Node):
         self.write("/etc/homelab-inference/api-key", "key-of-the-test\n")
         for index, name in enumerate(NAMES):
             self.write(f"/srv/models/{name}.gguf", (models / f"{name}.gguf").read_bytes())
-            self(f"docker run -d --name gpu{index} {LLAMA_IMAGE} {RPC_SERVER} -H 0.0.0.0 -p 50052")
+            self(f"docker run -d --name gpu{index} --entrypoint {RPC_SERVER} {LLAMA_IMAGE} -H 0.0.0.0 -p 50052")
             gpu = self(f"docker inspect -f '{{{{.NetworkSettings.IPAddress}}}}' gpu{index}")
             self(
                 f"docker create --name llamacpp-{name} -p 127.0.0.1:808{index}:808{index} --stop-timeout 5"
-                f" -v /srv/models:/models:ro -v /etc/homelab-inference/api-key:/api-key:ro {LLAMA_IMAGE}"
-                f" llama-server --host 0.0.0.0 --port 808{index} --model /models/{name}.gguf --ctx-size 1024"
+                f" -v /srv/models:/models:ro -v /etc/homelab-inference/api-key:/api-key:ro"
+                f" --entrypoint llama-server {LLAMA_IMAGE}"
+                f" --host 0.0.0.0 --port 808{index} --model /models/{name}.gguf --ctx-size 1024"
                 f" --parallel 1 --rpc {gpu}:50052 --n-gpu-layers 99 --fit off --metrics --api-key-file /api-key"
             )
             # Without the order that systemd keeps at boot: the lock has to do it alone.
@@ -206,6 +207,21 @@ def test_a_gpu_that_hangs_costs_one_deadline_and_holds_up_no_other(lab: Lab) -> 
     finally:
         lab("docker kill --signal CONT gpu0")
         lab.declare()
+
+
+def test_a_server_can_be_stopped_while_it_loads_and_the_next_one_starts(lab: Lab) -> None:
+    lab("systemctl stop llamacpp-chat llamacpp-code; docker kill --signal STOP gpu0")
+    try:
+        lab("systemctl start --no-block llamacpp-chat")
+        until("loading", lambda: lab.shown("chat", "StatusText") == "Waits up to 60 s for the first token")
+        lab("systemctl start --no-block llamacpp-code")
+        until("waiting", lambda: "waits for the start lock: chat holds it" in lab.shown("code", "StatusText"))
+        lab("systemctl stop llamacpp-chat")
+        assert lab.shown("chat", "ActiveState") == "inactive"
+        assert lab.pid("chat") == 0
+        until("the first token", lambda: lab.shown("code", "ActiveState") == "active")
+    finally:
+        lab("docker kill --signal CONT gpu0")
 
 
 def test_a_server_that_is_not_declared_says_so(node: Lab) -> None:

@@ -65,9 +65,9 @@ def serve(models: Path):
         return container
 
     def run(model: str, *options: str, limits: tuple[str, ...] = (), ready: bool = True) -> Container:
-        server = ["llama-server", "--host", "0.0.0.0", "--port", "8080", "--model", f"/models/{model}.gguf"]
-        volume = f"--volume={models}:/models:ro"
-        container = add(Container(*limits, volume, LLAMA_IMAGE, *server, "--parallel", "1", *options, port=8080))
+        server = ["--host", "0.0.0.0", "--port", "8080", "--model", f"/models/{model}.gguf"]
+        started = (f"--volume={models}:/models:ro", "--entrypoint=llama-server", LLAMA_IMAGE)
+        container = add(Container(*limits, *started, *server, "--parallel", "1", *options, port=8080))
         if ready:
             until("the first token", lambda: container.ask()["state"] in ("HEALTHY", "DEGRADED"))
         return container
@@ -109,7 +109,7 @@ def test_a_stopped_process_is_hung(chat: Container) -> None:
 
 
 def test_a_gpu_that_hangs_shows_although_health_is_fine(serve) -> None:
-    gpu = serve.add(Container(LLAMA_IMAGE, RPC_SERVER, "-H", "0.0.0.0", "-p", "50052", port=50052))
+    gpu = serve.add(Container(f"--entrypoint={RPC_SERVER}", LLAMA_IMAGE, "-H", "0.0.0.0", "-p", "50052", port=50052))
     server = serve("chat", "--ctx-size", "512", "--rpc", f"{gpu.address}:50052", "--n-gpu-layers", "99")
     with gpu.frozen():
         result = server.ask(timeout=3)

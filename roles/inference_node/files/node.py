@@ -117,14 +117,18 @@ def start(instance: dict[str, Any], container: str) -> None:
     if started.returncode != 0:
         raise NodeError(ENDED_LOADING, f"Starting {container}: {started.stderr.strip()}")
     notify(f"STATUS=Waits up to {deadline_s} s for the first token")
-    with waiting_for_end(container) as end:
-        result = probe.wait_ready(
-            url_of(instance),
-            deadline_s,
-            instance["mode"],
-            lambda: end.poll() is None or is_running(container),
-            api_key(),
-        )
+    try:
+        with waiting_for_end(container) as end:
+            result = probe.wait_ready(
+                url_of(instance),
+                deadline_s,
+                instance["mode"],
+                lambda: end.poll() is None or is_running(container),
+                api_key(),
+            )
+    except KeyboardInterrupt:
+        stop(container)  # before the gate lets the next one in
+        raise
     if result["ready"]:
         log(f"ready after {result['seconds']} s")
         return
@@ -188,8 +192,7 @@ def docker(*arguments: str) -> subprocess.CompletedProcess[str]:
 @contextlib.contextmanager
 def waiting_for_end(container: str) -> Iterator[subprocess.Popen[bytes]]:
     """A docker wait, which ends with the container or with the engine."""
-    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    child = subprocess.Popen(["docker", "wait", container], **silent)
+    child = subprocess.Popen(["docker", "wait", container], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         yield child
     finally:
