@@ -53,6 +53,7 @@ class ActionModule(ActionBase):
             libraries={host: found["library"] for host, found in facts.items() if found},
             lock=known,
             lock_file=str(path),
+            inventory_dir=str(self.inventory_dir(hostvars)),
             stale=stale,
             secrets_missing=[name for name in lab.GENERATED_SECRETS if not declaration["secrets"].get(name)],
             secrets_file=str(self.inventory_dir(hostvars) / "group_vars" / "all" / "secrets.yml"),

@@ -710,7 +710,15 @@ class Manager:
         log = ""
         with contextlib.suppress(ContainerError), _engine(f"Reading the log of {self.name}"):
             log = self.client.logs(self.name, tail=400, since=since).decode("utf-8", "replace")
-        why = llama_server.reason(log, state, self.instance) or trouble.rstrip(".")
+        # The node program says what this module is about to say, and where to look.
+        trouble = re.sub(rf"^Starting {re.escape(self.name)}: |\. See: .*$|\.$", "", trouble)
+        if "not ready within" in trouble:
+            # It ran until then; whoever stopped it afterwards is not the reason.
+            state = {"Running": True}
+        why = llama_server.reason(log, state, self.instance)
+        if state.get("Running"):
+            why = f"{trouble} ({why})" if why else trouble
+        why = why or trouble
         if state.get("Error") and "is taken" in why:
             holder = port_holder(self.client, self.instance)
             why += f" by {holder}" if holder else ""

@@ -181,11 +181,14 @@ def config_text(config: dict[str, Any]) -> str:
     It is JSON, which is YAML too: a node may lack PyYAML, and json cannot get quoting wrong.
     """
     deployments = sorted(config["deployments"], key=lambda deployment: (deployment["name"], deployment["id"]))
+    fallbacks = {group: others for group, others in config["fallbacks"].items() if others}
+    # LiteLLM looks for the fallbacks of the name that was asked for, which may be an alias.
+    fallbacks.update({alias: fallbacks[group] for alias, group in config["aliases"].items() if group in fallbacks})
     router: dict[str, Any] = {
         "num_retries": config["num_retries"],
         "timeout": config["request_timeout"],
         "cooldown_time": config["cooldown_time"],
-        "fallbacks": [{group: others} for group, others in sorted(config["fallbacks"].items()) if others],
+        "fallbacks": [{name: others} for name, others in sorted(fallbacks.items())],
         "model_group_alias": dict(sorted(config["aliases"].items())),
     }
     general: dict[str, Any] = {"master_key": f"os.environ/{config['master_key_env']}"}

@@ -86,10 +86,9 @@ class Room:
         return {name: -(-spread * size // total) + need["overhead"] for name, size in usable.items()}
 
     def take(self, host: str, shares: dict[str, int]) -> None:
-        """Note what a placed server takes; an emulated GPU is one ggml-rpc-server, which has one client at a time."""
-        emulated = {device["id"] for device in self.nodes[host]["devices"] if device["vendor"] == "emulated"}
+        """Note what a placed server takes."""
         for name, size in shares.items():
-            self.free[host][name] = 0 if name in emulated else self.free[host][name] - size
+            self.free[host][name] -= size
 
 
 def overhead(devices: list[dict[str, Any]]) -> int:

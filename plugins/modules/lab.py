@@ -80,6 +80,10 @@ lock_file:
   description: Path of the lock.
   type: str
   returned: success
+inventory_dir:
+  description: Directory of the inventory; relative paths of model files start there.
+  type: str
+  returned: success
 stale:
   description: How the declaration differs from the one that the lock was made for, a sentence each.
   type: list

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ansible_collections.homelab.inference.plugins.plugin_utils import lock as lock_module
@@ -14,9 +14,19 @@ from ansible_collections.homelab.inference.plugins.plugin_utils import lock as l
 REMOTE_SOURCES = ("hf", "url", "file")
 
 
-def sources(models: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the sources to ask outside, in the shape of module model_source_info."""
-    return [{"model": name, "source": model["source"]} for name, model in models.items() if any(kind in model["source"] for kind in REMOTE_SOURCES)]
+def sources(models: dict[str, dict[str, Any]], directory: str) -> list[dict[str, Any]]:
+    """Return the sources to ask outside, in the shape of module model_source_info.
+
+    :param directory: where relative paths of files start, the inventory's own directory.
+    """
+    found = []
+    for name, model in models.items():
+        source = dict(model["source"])
+        if "file" in source:
+            source["file"] = str(Path(directory) / Path(source["file"]).expanduser())
+        if any(kind in source for kind in REMOTE_SOURCES):
+            found.append({"model": name, "source": source})
+    return found
 
 
 def resolve(

@@ -113,12 +113,6 @@ def test_graphics_built_into_the_processor_are_left_alone() -> None:
     assert placement.worth_using([gpu(0, 1, "apple", "unified")])
 
 
-def test_an_emulated_gpu_has_one_client_at_a_time() -> None:
-    both = {"first": {"context": 256, "slots": 1}, "second": {"context": 256, "slots": 1}}
-    plan = make(both, {"a": node(gpu(0, 4096, "emulated"))}, gib=0.1)
-    assert {one["name"]: one["backend"] for one in plan["instances"]} == {"first": "emulated", "second": "cpu"}
-
-
 def test_backends_by_vendor() -> None:
     assert placement.backend(gpu(0, 1, "amd")) == "rocm"
     assert placement.backend(gpu(0, 1, "amd", "unified")) == "vulkan"
