@@ -642,10 +642,9 @@ class Manager:
             self._create(after)
             self._start_or_fail(fresh=True)
         elif "replace" in self.actions:
-            # Whatever was interrupted before was meant to run.
-            self._replace(
-                after, started or step in ("restore", "discard") or bool(current and current["State"]["Running"])
-            )
+            # What an interrupted run had stopped was meant to run.
+            running = bool(current and current["State"]["Running"])
+            self._replace(after, was_running=running or step in ("restore", "discard"))
         elif step == "resume":
             self._finish_replacement(was_running=True)
         elif "start" in self.actions:

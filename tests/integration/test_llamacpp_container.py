@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 import socket
 import subprocess
@@ -130,7 +131,7 @@ class Server:
             raise AssertionError(done.stderr)
         return {**json.loads(done.stdout), "rc": done.returncode, "output": done.stdout + done.stderr}
 
-    def task(self, *args, **changes):
+    def task(self, *args, rc=0, **changes):
         """A task as a user runs it, through the action plugin; what is printed."""
         done = subprocess.run(
             [str(Path(sys.executable).with_name("ansible")), "localhost", "-i", "localhost,", "-c", "local", "--diff"]
@@ -141,8 +142,9 @@ class Server:
             capture_output=True,
             text=True,
             timeout=180,
-            check=True,
+            check=False,
         )
+        assert done.returncode == rc, done.stdout + done.stderr
         return done.stdout + done.stderr
 
     def ok(self, **changes):
@@ -529,3 +531,21 @@ def test_a_server_that_loads_is_waited_for_and_one_that_hangs_is_named(server):
     finally:
         docker("unpause", server.name)
     assert not server.ok()["changed"]
+
+
+def test_a_long_wait_is_shown_and_ends_at_its_deadline(server):
+    """An image that starts and never answers, as a server that hangs while it loads."""
+    silent = f"{PREFIX}-silent:1"
+    recipe = f'FROM {IMAGE}\nENTRYPOINT ["sh", "-c", "echo loading; exec sleep 120"]\n'
+    subprocess.run(
+        ["docker", "build", "-q", "-t", silent, "-"], input=recipe, check=True, capture_output=True, text=True
+    )
+    try:
+        server.ok()
+        printed = server.task(image=silent, ready_timeout=12, rc=2)
+        assert re.search(rf"\[localhost\] waiting for {server.name}: \d+ of 12 s", printed), printed
+        assert "not ready within 12 s. The previous container serves again." in " ".join(printed.split())
+        assert server.answers()
+    finally:
+        docker("rm", "-f", server.name, check=False)
+        docker("rmi", "-f", silent, check=False)

@@ -88,9 +88,8 @@ class Node:
                 check=True,
                 capture_output=True,
             )
-        self.sh(
-            "systemctl daemon-reload; docker volume create models && cp /srv/models/* /var/lib/docker/volumes/models/_data/"
-        )
+        self.sh("systemctl daemon-reload; docker volume create models")
+        self.sh("cp /srv/models/* /var/lib/docker/volumes/models/_data/")
 
     def pack(self, paths, folder):
         """Copy files and folders into a folder of the node."""
@@ -104,7 +103,11 @@ class Node:
 
     def sh(self, script, check=True):
         done = subprocess.run(
-            ["docker", "exec", self.name, "sh", "-c", script], capture_output=True, text=True, timeout=180, check=False
+            ["docker", "exec", self.name, "sh", "-c", script],
+            capture_output=True,
+            text=True,
+            timeout=180,
+            check=False,
         )
         if check and done.returncode:
             raise AssertionError(f"{script}: {done.stdout}{done.stderr}")
@@ -192,6 +195,22 @@ def test_the_unit_starts_replaces_and_brings_back(node):
     assert node.run(state="absent")["actions"] == ["remove"]
     assert node.active() in ("inactive", "failed")
     assert node.sh("docker ps -aq") == ""
+
+
+def test_a_server_that_is_never_ready_is_told_from_one_that_died(node):
+    """A successor that starts, never answers and takes no notice of SIGTERM, as one that hangs while it loads."""
+    node.run()
+    slice_file = "/etc/homelab-inference/slice.json"
+    node.write(slice_file, json.dumps({"generation": None, "instances": [{**INSTANCE, "ready_timeout": 5}]}))
+    recipe = f'FROM {IMAGE}\\nENTRYPOINT ["sh", "-c", "trap true TERM; while true; do sleep 1; done"]\\n'
+    node.sh(f"printf '{recipe}' | docker build -q -t silent:1 -")
+    failed = node.run(image="silent:1", stop_timeout=2)
+    assert "not ready within 5 s" in failed["msg"], failed
+    assert "killed" not in failed["msg"]
+    assert failed["msg"].endswith("The previous container serves again.")
+    assert node.active() == "active"
+    node.write(slice_file, json.dumps({"generation": None, "instances": [INSTANCE]}))
+    node.run(state="absent")
 
 
 def test_a_unit_that_is_missing_is_said(node):
