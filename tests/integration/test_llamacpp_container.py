@@ -85,10 +85,12 @@ def volume(tmp_path_factory):
 def label_key():
     """Leave the key of this machine as it was."""
     path = Path("/etc/homelab-inference/label.key")
-    there = path.exists()
+    folder, key = path.parent.exists(), path.exists()
     yield
-    if not there:
+    if not key:
         path.unlink(missing_ok=True)
+    if not folder and path.parent.exists():
+        path.parent.rmdir()
 
 
 class Server:
