@@ -26,8 +26,15 @@ def role_names(paths):
     return [path.name for path in paths]
 
 
+class Loader(yaml.SafeLoader):
+    """Reads Ansible's own tags, such as !unsafe, as plain text."""
+
+
+Loader.add_multi_constructor("!", lambda loader, _suffix, node: loader.construct_scalar(node))
+
+
 def load(path):
-    return yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else None
+    return yaml.load(path.read_text(encoding="utf-8"), Loader=Loader) if path.exists() else None
 
 
 def defaults(role):
