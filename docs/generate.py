@@ -4,8 +4,8 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """Writes the pages that are made from other files: the declaration's reference, the JSON Schema for editors, the list of images.
 
-    docs/generate.py            write them
-    docs/generate.py --check    say which are stale, and end with 1 if any is
+docs/generate.py            write them
+docs/generate.py --check    say which are stale, and end with 1 if any is
 """
 
 from __future__ import annotations
@@ -45,7 +45,9 @@ def kind(entry: dict[str, Any], schema: dict[str, Any]) -> str:
     found = " or ".join(one for one in found if one != "null") if isinstance(found, list) else found
     if found == "array":
         return f"list of {kind(entry.get('items', {}), schema) or 'values'}"
-    return {"string": "text", "integer": "whole number", "object": "mapping", "boolean": "true or false"}.get(found, found)
+    return {"string": "text", "integer": "whole number", "object": "mapping", "boolean": "true or false"}.get(
+        found, found
+    )
 
 
 def rows(properties: dict[str, Any], schema: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, ...]]:
@@ -59,10 +61,18 @@ def rows(properties: dict[str, Any], schema: dict[str, Any], prefix: str = "") -
         yield f"`{prefix}{key}`", kind(entry, schema), entry.get("x-unit", ""), text, default, examples
         if not prefix.startswith("node_gpus"):
             yield from rows(entry.get("properties", {}), schema, f"{prefix}{key}.")
-            inner = resolved(entry.get("additionalProperties") or entry.get("items") or {}, schema) if entry.get("type") in ("object", "array") else {}
+            inner = (
+                resolved(entry.get("additionalProperties") or entry.get("items") or {}, schema)
+                if entry.get("type") in ("object", "array")
+                else {}
+            )
             if isinstance(inner, dict) and key != "lab_models":
                 mark = "NAME" if entry.get("type") == "object" else "[]"
-                inner = resolved(inner.get("items", {}), schema) if inner.get("type") == "array" and inner.get("items", {}).get("properties") else inner
+                inner = (
+                    resolved(inner.get("items", {}), schema)
+                    if inner.get("type") == "array" and inner.get("items", {}).get("properties")
+                    else inner
+                )
                 yield from rows(inner.get("properties", {}), schema, f"{prefix}{key}.{mark}.".replace(".[]", "[]"))
 
 
@@ -84,8 +94,12 @@ def reference() -> str:
         + "# The declaration, key by key\n\nAn owner writes an ordinary Ansible inventory. The groups `control`, `inference` and `library` say what a host does; "
         "these variables say what differs from the defaults.\nA single value is a promise: kept or refused. A list, where the table says so, is an order of preference: "
         "the first that fits wins.\n\n"
-        "## The lab (below `all.vars`)\n\n" + table(rows(lab, schema)) + "\n## A model (`lab_models.NAME`)\n\n"
-        + table(rows(schema["$defs"]["model"]["properties"], schema)) + "\n## A node (host variables)\n\n" + table(rows(node, schema))
+        "## The lab (below `all.vars`)\n\n"
+        + table(rows(lab, schema))
+        + "\n## A model (`lab_models.NAME`)\n\n"
+        + table(rows(schema["$defs"]["model"]["properties"], schema))
+        + "\n## A node (host variables)\n\n"
+        + table(rows(node, schema))
     )
 
 
@@ -96,7 +110,11 @@ def json_schema() -> str:
 
 def images() -> str:
     """Return the list of images, each from the default of its role."""
-    lines = [NOTICE.format(source="roles/*/defaults/main.yml") + "# Images\n", "| role | variable | image |", "| --- | --- | --- |"]
+    lines = [
+        NOTICE.format(source="roles/*/defaults/main.yml") + "# Images\n",
+        "| role | variable | image |",
+        "| --- | --- | --- |",
+    ]
     for path in sorted((ROOT / "roles").glob("*/defaults/main.yml")):
         for name, value in (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).items():
             if name.endswith(("_image", "_images")):

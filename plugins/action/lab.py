@@ -11,7 +11,6 @@ from typing import Any
 import yaml
 from ansible.errors import AnsibleActionFail, AnsibleError
 from ansible.plugins.action import ActionBase
-
 from ansible_collections.homelab.inference.plugins.plugin_utils import lab, lock, schema, views
 
 COLLECTION = Path(__file__).resolve().parents[2]
@@ -34,13 +33,23 @@ class ActionModule(ActionBase):
         problems, warnings = lab.validate(declaration)
         if problems:
             count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-            raise AnsibleActionFail(f"The declaration has {count}; nothing was touched.\n" + "\n".join(f"- {problem}" for problem in problems))
+            raise AnsibleActionFail(
+                f"The declaration has {count}; nothing was touched.\n"
+                + "\n".join(f"- {problem}" for problem in problems)
+            )
         catalogue = schema.load("catalogue.yml")
         path = self.lock_path(declaration, hostvars)
         known = args["lock"] or (lock.parse(path.read_text(encoding="utf-8"), str(path)) if path.exists() else None)
         declared, images = views.declared(declaration), self.images(hostvars)
-        stale = lock.differences({**known["declared"], "images": known["images"]}, {**declared, "images": images}) if known else []
-        facts = {host: self.facts(hostvars, host) for host in declaration["groups"]["inference"] + declaration["groups"]["library"]}
+        stale = (
+            lock.differences({**known["declared"], "images": known["images"]}, {**declared, "images": images})
+            if known
+            else []
+        )
+        facts = {
+            host: self.facts(hostvars, host)
+            for host in declaration["groups"]["inference"] + declaration["groups"]["library"]
+        }
         before = known["nodes"] if known else {}
         result.update(
             changed=False,
@@ -49,7 +58,9 @@ class ActionModule(ActionBase):
             declared=declared,
             images=images,
             models={name: model for name, model in lab.models(declaration).items() if model["engine"] == "llamacpp"},
-            nodes=views.planner_nodes(declaration, {**before, **{host: found for host, found in facts.items() if found}}, catalogue),
+            nodes=views.planner_nodes(
+                declaration, {**before, **{host: found for host, found in facts.items() if found}}, catalogue
+            ),
             libraries={host: found["library"] for host, found in facts.items() if found},
             lock=known,
             lock_file=str(path),
@@ -70,13 +81,17 @@ class ActionModule(ActionBase):
 
     def words(self, hostvars: Any, host: str) -> dict[str, Any]:
         """Return the host's variables that belong to the declaration, templated."""
-        names = [name for name in hostvars.raw_get(host) if name.startswith(("lab_", "node_")) or name in CONNECTION_WORDS]
+        names = [
+            name for name in hostvars.raw_get(host) if name.startswith(("lab_", "node_")) or name in CONNECTION_WORDS
+        ]
         found = {}
         for name in names:
             try:
                 found[name] = hostvars[host][name]
             except AnsibleError as error:
-                raise AnsibleActionFail(f"Cannot read {name} of host {host}: {error}. Correct the expression in the inventory.") from error
+                raise AnsibleActionFail(
+                    f"Cannot read {name} of host {host}: {error}. Correct the expression in the inventory."
+                ) from error
         return found
 
     def facts(self, hostvars: Any, host: str) -> dict[str, Any]:
@@ -85,7 +100,9 @@ class ActionModule(ActionBase):
         if "inference_gpus" not in known or "memtotal_mb" not in known:
             return {}
         # What is in use at this moment is no part of a plan: the next run would plan differently for it.
-        devices = [{key: value for key, value in device.items() if key != "used_mib"} for device in known["inference_gpus"]]
+        devices = [
+            {key: value for key, value in device.items() if key != "used_mib"} for device in known["inference_gpus"]
+        ]
         return {
             "devices": devices,
             "memory_mib": known["memtotal_mb"],
@@ -96,7 +113,10 @@ class ActionModule(ActionBase):
     @staticmethod
     def made(hostvars: Any, host: str) -> list[str]:
         """Return the names of what we made on a host, as site.yml found it earlier in this run."""
-        return [Path(file["path"]).name.removesuffix(".service") for file in (hostvars[host].get("__lab_made") or {}).get("files", [])]
+        return [
+            Path(file["path"]).name.removesuffix(".service")
+            for file in (hostvars[host].get("__lab_made") or {}).get("files", [])
+        ]
 
     def images(self, hostvars: Any) -> dict[str, Any]:
         """Return the image variables: what the inventory says, else the roles' own defaults."""
@@ -113,7 +133,11 @@ class ActionModule(ActionBase):
     @staticmethod
     def inventory_dir(hostvars: Any) -> Path:
         """Return the directory of the inventory that the first host comes from."""
-        return Path(next((str(hostvars[host]["inventory_dir"]) for host in hostvars if hostvars[host].get("inventory_dir")), "."))
+        return Path(
+            next(
+                (str(hostvars[host]["inventory_dir"]) for host in hostvars if hostvars[host].get("inventory_dir")), "."
+            )
+        )
 
     def lock_path(self, declaration: dict[str, Any], hostvars: Any) -> Path:
         """Return the path of the lock; hidden, because Ansible reads every other YAML file beside an inventory as inventory."""

@@ -15,7 +15,9 @@ from ansible.errors import AnsibleActionFail
 from ansible.parsing.vault import VaultLib
 from ansible.plugins.action import ActionBase
 
-HEADER = "# Generated secrets of this lab. Keep this file; without it the gateway's key is another one after the next run.\n"
+HEADER = (
+    "# Generated secrets of this lab. Keep this file; without it the gateway's key is another one after the next run.\n"
+)
 # LiteLLM takes only master keys that start so.
 PREFIXES = {"lab_secret_litellm_master_key": "sk-"}
 
@@ -31,13 +33,20 @@ class ActionModule(ActionBase):
         """Generate what is missing; in check mode only for this run's memory."""
         result = super().run(tmp, task_vars)
         _valid, args = self.validate_argument_spec(
-            argument_spec={"path": {"type": "path", "required": True}, "names": {"type": "list", "elements": "str", "required": True}}
+            argument_spec={
+                "path": {"type": "path", "required": True},
+                "names": {"type": "list", "elements": "str", "required": True},
+            }
         )
         path = Path(args["path"])
         known = (self._loader.load_from_file(str(path)) or {}) if path.exists() else {}
         if not isinstance(known, dict):
-            raise AnsibleActionFail(f"Cannot read the secrets in {path}: it is no mapping. Correct it, or move it away to have new ones made.")
-        made = {name: PREFIXES.get(name, "") + secrets.token_urlsafe(32) for name in args["names"] if not known.get(name)}
+            raise AnsibleActionFail(
+                f"Cannot read the secrets in {path}: it is no mapping. Correct it, or move it away to have new ones made."
+            )
+        made = {
+            name: PREFIXES.get(name, "") + secrets.token_urlsafe(32) for name in args["names"] if not known.get(name)
+        }
         if made and not self._task.check_mode:
             self.write(path, {**{name: str(value) for name, value in known.items()}, **made})
         values = {name: str(value) for name, value in {**known, **made}.items()}

@@ -40,7 +40,9 @@ def kv_mib(shape: dict[str, Any], context: int, slots: int, kv: str) -> float:
     return sum(per_layer) * row * cells * KV_BYTES[kv] / MIB
 
 
-def estimate(shape: dict[str, Any], file_bytes: int, context: int, slots: int, kv: str, overhead_mib: int) -> dict[str, int]:
+def estimate(
+    shape: dict[str, Any], file_bytes: int, context: int, slots: int, kv: str, overhead_mib: int
+) -> dict[str, int]:
     """Return C({weights, kv, overhead, total}) in MiB of one server, wherever its layers lie."""
     weights = -(-file_bytes // MIB)
     cache = int(kv_mib(shape, context, slots, kv)) + 1

@@ -25,7 +25,14 @@ LAST_CONTEXT = 32768
 LEAST_CONTEXT = 8192
 # All layers, more than any model has; llama-server's own spelling of it is "all".
 ALL_LAYERS = "all"
-VENDOR_BACKENDS = {"nvidia": "cuda", "tegra": "cuda", "amd": "rocm", "intel": "sycl", "apple": "metal", "emulated": "emulated"}
+VENDOR_BACKENDS = {
+    "nvidia": "cuda",
+    "tegra": "cuda",
+    "amd": "rocm",
+    "intel": "sycl",
+    "apple": "metal",
+    "emulated": "emulated",
+}
 # What the operating system and the engine keep for themselves on a node.
 HOST_RESERVE_MIB = 1024
 
@@ -47,7 +54,11 @@ def worth_using(devices: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """
     dedicated = any(device["memory_kind"] == "dedicated" for device in devices)
     built_in = {"amd"} if dedicated else set()
-    return [device for device in devices if device["memory_kind"] == "dedicated" or device["vendor"] not in built_in | {"intel"}]
+    return [
+        device
+        for device in devices
+        if device["memory_kind"] == "dedicated" or device["vendor"] not in built_in | {"intel"}
+    ]
 
 
 class Room:
@@ -111,7 +122,9 @@ def contexts(model: dict[str, Any], shape: dict[str, Any]) -> list[int]:
     return steps
 
 
-def server_options(model: dict[str, Any], devices: list[dict[str, Any]], shares: dict[str, int], context: int, slots: int, kv: str) -> dict[str, Any]:
+def server_options(
+    model: dict[str, Any], devices: list[dict[str, Any]], shares: dict[str, int], context: int, slots: int, kv: str
+) -> dict[str, Any]:
     """Return the llama-server options that the plan sets, the owner's C(args) included."""
     options: dict[str, Any] = {
         "ctx-size": context * slots,
@@ -169,29 +182,57 @@ class Planner:
         shape = resolved["shape"]
         size = sum(file["size"] for file in resolved["files"])
         ladder = list(itertools.product(model["slots"], model["kv"], contexts(model, shape)))
-        tries = [(host, devices) for host in homes for devices in self.room.candidates(host, gpu_only=True)] + [(host, []) for host in homes]
+        tries = [(host, devices) for host in homes for devices in self.room.candidates(host, gpu_only=True)] + [
+            (host, []) for host in homes
+        ]
         least: tuple[int, str] | None = None
         for host, devices in tries:
             for slots, kv, context in ladder:
                 need = estimate(shape, size, context, slots, kv, overhead(devices))
                 shares = self.room.shares(host, devices, need)
                 if shares is None:
-                    free = sum(self.room.free[host][device["id"]] for device in devices) if devices else self.room.free[host]["host"]
+                    free = (
+                        sum(self.room.free[host][device["id"]] for device in devices)
+                        if devices
+                        else self.room.free[host]["host"]
+                    )
                     what = " and ".join(device["id"] for device in devices) or "its main memory"
                     deficit = need["total"] - free
                     if least is None or deficit < least[0]:
-                        least = (deficit, f"it needs {need['total']} MiB at {context} tokens and {slots} slot(s), and {what} of {host} has {free} MiB free")
+                        least = (
+                            deficit,
+                            f"it needs {need['total']} MiB at {context} tokens and {slots} slot(s), and {what} of {host} has {free} MiB free",
+                        )
                     continue
                 self.room.take(host, shares)
-                self.add(model, resolved, host, devices, shares, server_options(model, devices, shares, context, slots, kv))
+                self.add(
+                    model, resolved, host, devices, shares, server_options(model, devices, shares, context, slots, kv)
+                )
                 return host
         silent = [host for host in model["nodes"] or [] if host not in self.nodes]
-        missing = f"{', '.join(silent)} did not answer and declares no hardware" if silent else "no node that may run it is left"
+        missing = (
+            f"{', '.join(silent)} did not answer and declares no hardware"
+            if silent
+            else "no node that may run it is left"
+        )
         reason = least[1] if least else missing
-        self.refused.append({"model": model["name"], "reason": f"{reason}; lower context or slots, choose a smaller file, or allow other nodes"})
+        self.refused.append(
+            {
+                "model": model["name"],
+                "reason": f"{reason}; lower context or slots, choose a smaller file, or allow other nodes",
+            }
+        )
         return None
 
-    def add(self, model: dict[str, Any], resolved: dict[str, Any], host: str, devices: list[dict[str, Any]], shares: dict[str, int], options: dict[str, Any]) -> None:
+    def add(
+        self,
+        model: dict[str, Any],
+        resolved: dict[str, Any],
+        host: str,
+        devices: list[dict[str, Any]],
+        shares: dict[str, int],
+        options: dict[str, Any],
+    ) -> None:
         """Write down one placed server."""
         name = self.name(model["name"], host)
         self.instances.append(
@@ -231,7 +272,9 @@ class Planner:
                 taken[instance["node"]].add(port)
         for instance in self.instances:
             if instance["port"] is None:
-                instance["port"] = next(port for port in itertools.count(FIRST_PORT) if port not in taken[instance["node"]])
+                instance["port"] = next(
+                    port for port in itertools.count(FIRST_PORT) if port not in taken[instance["node"]]
+                )
                 taken[instance["node"]].add(instance["port"])
 
 

@@ -105,7 +105,10 @@ def main() -> None:
         supports_check_mode=True,
     )
     words = module.params
-    module.exit_json(changed=False, **plan(words["models"], words["resolved"], words["nodes"], words["previous"], words["unresolved"]))
+    module.exit_json(
+        changed=False,
+        **plan(words["models"], words["resolved"], words["nodes"], words["previous"], words["unresolved"]),
+    )
 
 
 if __name__ == "__main__":

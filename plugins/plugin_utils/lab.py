@@ -22,7 +22,10 @@ ENGINE_SOURCES = {"llamacpp": ("hf", "url", "library", "file"), "ollama": ("olla
 RUN_WORDS = ("lab_confirm_removal", "lab_health_file", "lab_offline", "lab_remove_data")
 # Secrets that this collection makes itself when they are absent.
 GENERATED_SECRETS = ("lab_secret_litellm_master_key", "lab_secret_llamacpp_api_key")
-SAMPLE = re.compile(r"^(sk-)?(1234|change-?me!?|your[-_ ].*|xxx+|<.*>|example|sample|secret|password|passw0rd|token|todo|test|admin)$", re.I)
+SAMPLE = re.compile(
+    r"^(sk-)?(1234|change-?me!?|your[-_ ].*|xxx+|<.*>|example|sample|secret|password|passw0rd|token|todo|test|admin)$",
+    re.I,
+)
 FIRST_PORT = 8080
 LAST_CONTEXT = 32768
 LEAST_CONTEXT = 8192
@@ -37,8 +40,13 @@ OWNED_ARGS = {
     **dict.fromkeys(("ctx-size", "c"), "the model's key context"),
     **dict.fromkeys(("parallel", "np"), "the model's key slots"),
     **dict.fromkeys(("cache-type-k", "cache-type-v", "ctk", "ctv"), "the model's key kv"),
-    **dict.fromkeys(("device", "dev", "main-gpu", "mg", "split-mode", "sm", "tensor-split", "ts"), "the plan chooses devices; pin with nodes"),
-    **dict.fromkeys(("n-gpu-layers", "gpu-layers", "ngl", "cpu-moe", "cmoe", "n-cpu-moe", "ncmoe"), "the plan chooses the layers"),
+    **dict.fromkeys(
+        ("device", "dev", "main-gpu", "mg", "split-mode", "sm", "tensor-split", "ts"),
+        "the plan chooses devices; pin with nodes",
+    ),
+    **dict.fromkeys(
+        ("n-gpu-layers", "gpu-layers", "ngl", "cpu-moe", "cmoe", "n-cpu-moe", "ncmoe"), "the plan chooses the layers"
+    ),
     **dict.fromkeys(("override-tensor", "ot", "rpc"), "the plan chooses where tensors lie"),
     **dict.fromkeys(("fit", "fit-target", "fit-ctx", "fitt", "fitc"), "the plan takes the place of fit"),
     **dict.fromkeys(("cache-ram", "cram"), "the plan sets the prompt cache"),
@@ -67,7 +75,9 @@ def collect(hostvars: dict[str, dict[str, Any]], groups: dict[str, list[str]]) -
             if key not in target:
                 target[key] = value
             elif target[key] != value:
-                problems.append(f"{key} of host {host} differs from that of another host; the lab has one, write it below all.")
+                problems.append(
+                    f"{key} of host {host} differs from that of another host; the lab has one, write it below all."
+                )
     return {
         "lab": lab,
         "nodes": nodes,
@@ -306,7 +316,9 @@ def _models(declaration: dict[str, Any]) -> Iterator[str]:
             )
 
 
-def _model_nodes(where: str, model: dict[str, Any], nodes: dict[str, Any], groups: dict[str, list[str]]) -> Iterator[str]:
+def _model_nodes(
+    where: str, model: dict[str, Any], nodes: dict[str, Any], groups: dict[str, list[str]]
+) -> Iterator[str]:
     """A model's nodes exist, serve models, and are not all guests."""
     for host in model["nodes"] or []:
         if host not in nodes:
@@ -409,7 +421,11 @@ def _warnings(declaration: dict[str, Any], catalogue: dict[str, Any]) -> Iterato
         yield f"The lab is one machine ({next(iter(declaration['nodes']))}): when it is down, everything is, and nothing can take over."
     elif not lab.get("lab_witness"):
         yield "lab_witness is not set: the healer cannot tell a dead node from its own network being cut."
-    later = [name for name, entry in lab.get("lab_services", {}).items() if "node" in entry and not catalogue[name].get("role")]
+    later = [
+        name
+        for name, entry in lab.get("lab_services", {}).items()
+        if "node" in entry and not catalogue[name].get("role")
+    ]
     if later:
         yield f"This version plans around these services (ports, addresses) and does not deploy them: {', '.join(later)}."
     for model in models(declaration).values():

@@ -46,7 +46,9 @@ class _Dumper(yaml.SafeDumper):
 
 def render(lock: dict[str, Any]) -> str:
     """Return the lock as text: the same lock gives the same bytes."""
-    return HEADER + yaml.dump(lock, Dumper=_Dumper, sort_keys=False, width=120, allow_unicode=True, default_flow_style=False)
+    return HEADER + yaml.dump(
+        lock, Dumper=_Dumper, sort_keys=False, width=120, allow_unicode=True, default_flow_style=False
+    )
 
 
 def parse(text: str, path: str) -> dict[str, Any]:
@@ -57,7 +59,9 @@ def parse(text: str, path: str) -> dict[str, Any]:
     try:
         lock = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise LockError(f"Cannot read the lock {path}: {' '.join(str(error).split())}. Restore it from git, or delete it and run plan.yml.") from error
+        raise LockError(
+            f"Cannot read the lock {path}: {' '.join(str(error).split())}. Restore it from git, or delete it and run plan.yml."
+        ) from error
     if not isinstance(lock, dict) or "lock_version" not in lock:
         raise LockError(f"{path} is not a lock. Restore it from git, or delete it and run plan.yml.")
     if lock["lock_version"] != VERSION:

@@ -30,7 +30,10 @@ def sources(models: dict[str, dict[str, Any]], directory: str) -> list[dict[str,
 
 
 def resolve(
-    models: dict[str, dict[str, Any]], found: list[dict[str, Any]], libraries: dict[str, list[dict[str, Any]]], lock: dict[str, Any] | None
+    models: dict[str, dict[str, Any]],
+    found: list[dict[str, Any]],
+    libraries: dict[str, list[dict[str, Any]]],
+    lock: dict[str, Any] | None,
 ) -> dict[str, dict[str, Any]]:
     """Return per model its exact files and shape; a model whose files are nowhere has no entry.
 
@@ -55,12 +58,19 @@ def resolve(
             entry = _in_libraries(model["source"]["library"], libraries)
             if entry:
                 resolved[name] = entry
-        if name not in resolved and lock and name in lock["models"] and lock["declared"]["models"].get(name, {}).get("source") == model["source"]:
+        if (
+            name not in resolved
+            and lock
+            and name in lock["models"]
+            and lock["declared"]["models"].get(name, {}).get("source") == model["source"]
+        ):
             resolved[name] = lock["models"][name]
     return resolved
 
 
-def unresolved(models: dict[str, dict[str, Any]], problems: list[dict[str, str]], libraries: dict[str, list[dict[str, Any]]]) -> dict[str, str]:
+def unresolved(
+    models: dict[str, dict[str, Any]], problems: list[dict[str, str]], libraries: dict[str, list[dict[str, Any]]]
+) -> dict[str, str]:
     """Return for each model that may have no files why: what its source said, or which libraries were looked through."""
     reasons = {problem["model"]: problem["error"].rstrip(".") for problem in problems}
     for name, model in models.items():
@@ -77,10 +87,22 @@ def _in_libraries(wanted: str, libraries: dict[str, list[dict[str, Any]]]) -> di
             files = entry["shards"] or [entry]
             if any(wanted == file["name"] or PurePosixPath(file["path"]).match(wanted) for file in files):
                 kept = [
-                    {"name": file["name"], "size": file["size"], "sha256": file["sha256"], "host": host, "path": f"{entry['library']}/{file['path']}"}
+                    {
+                        "name": file["name"],
+                        "size": file["size"],
+                        "sha256": file["sha256"],
+                        "host": host,
+                        "path": f"{entry['library']}/{file['path']}",
+                    }
                     for file in files
                 ]
-                return {"commit": entry["commit"], "quant": entry["shape"].get("quant"), "files": kept, "mmproj": None, "shape": entry["shape"]}
+                return {
+                    "commit": entry["commit"],
+                    "quant": entry["shape"].get("quant"),
+                    "files": kept,
+                    "mmproj": None,
+                    "shape": entry["shape"],
+                }
     return None
 
 

@@ -27,7 +27,13 @@ TYPES: dict[str, Any] = {
     "object": dict,
     "null": type(None),
 }
-NAMES = {"string": "a text", "integer": "a whole number", "number": "a number", "boolean": "true or false", "array": "a list"}
+NAMES = {
+    "string": "a text",
+    "integer": "a whole number",
+    "number": "a number",
+    "boolean": "true or false",
+    "array": "a list",
+}
 NAMES |= {"object": "a mapping of keys to values", "null": "empty"}
 
 

@@ -36,7 +36,9 @@ def plain_http(mirror: str | None) -> list[str]:
     return [mirror.removeprefix("http://").split("/")[0]] if mirror and mirror.startswith("http://") else []
 
 
-def planner_nodes(declaration: dict[str, Any], facts: dict[str, dict[str, Any]], catalogue: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def planner_nodes(
+    declaration: dict[str, Any], facts: dict[str, dict[str, Any]], catalogue: dict[str, Any]
+) -> dict[str, dict[str, Any]]:
     """Return what the planner has to know of each inference node. Declared values stand in where a host gave no facts.
 
     :param facts: per host that answered C({devices, memory_mib, cpus, library}).
@@ -92,7 +94,9 @@ def instance_view(instance: dict[str, Any], declaration: dict[str, Any], lock: d
         "model": instance["model"],
         "mode": instance["mode"],
         "backend": instance["backend"],
-        "image": mirrored(lock["images"]["inference_node_images"][instance["backend"]], declaration["lab"].get("lab_registry_mirror")),
+        "image": mirrored(
+            lock["images"]["inference_node_images"][instance["backend"]], declaration["lab"].get("lab_registry_mirror")
+        ),
         "devices": [devices[name] for name in instance["devices"]],
         "port": instance["port"],
         "address": lab_module.address(node, host),
@@ -101,7 +105,9 @@ def instance_view(instance: dict[str, Any], declaration: dict[str, Any], lock: d
         "memory_mib": None,
         "cpus": None,
         "ready_timeout": READY_TIMEOUT_S,
-        "volume": "library-" + re.sub(r"[^a-zA-Z0-9_.-]+", "-", library["library"]).strip("-") if library else f"model-{instance['model']}",
+        "volume": "library-" + re.sub(r"[^a-zA-Z0-9_.-]+", "-", library["library"]).strip("-")
+        if library
+        else f"model-{instance['model']}",
         "model_file": library["path"] if library else model["files"][0]["name"],
         "library": library["library"] if library else None,
         "files": [] if library else [transfer(file) for file in model["files"]],
@@ -115,14 +121,26 @@ def cached(file: dict[str, Any]) -> str:
 
 def transfer(file: dict[str, Any]) -> dict[str, Any]:
     """Return a file as module model_volume takes it; one that lies on another node comes by way of the controller."""
-    known = {key: file[key] for key in ("name", "size", "sha256", "url", "controller_path") if file.get(key) is not None}
+    known = {
+        key: file[key] for key in ("name", "size", "sha256", "url", "controller_path") if file.get(key) is not None
+    }
     return {**known, "controller_path": cached(file)} if "host" in file else known
 
 
 def hands_over(lock: dict[str, Any], host: str) -> list[dict[str, str]]:
     """Return the library files of a host that other nodes need, as C({path, cache})."""
-    needed = [file for instance in lock["instances"] if not instance["library"] for file in lock["models"][instance["model"]]["files"]]
-    return [dict(entry) for entry in dict.fromkeys((("path", file["path"]), ("cache", cached(file))) for file in needed if file.get("host") == host)]
+    needed = [
+        file
+        for instance in lock["instances"]
+        if not instance["library"]
+        for file in lock["models"][instance["model"]]["files"]
+    ]
+    return [
+        dict(entry)
+        for entry in dict.fromkeys(
+            (("path", file["path"]), ("cache", cached(file))) for file in needed if file.get("host") == host
+        )
+    ]
 
 
 def started(declaration: dict[str, Any], lock: dict[str, Any]) -> list[dict[str, Any]]:
@@ -173,7 +191,9 @@ def gateway(declaration: dict[str, Any], lock: dict[str, Any], catalogue: dict[s
     served = {deployment["name"] for deployment in deployments}
     order = lab_module.category_order({name: model for name, model in registry.items() if name in served})
     chains = lab_module.fallbacks(registry)
-    fallbacks = {name: [other for other in others if other in served] for name, others in chains.items() if name in served}
+    fallbacks = {
+        name: [other for other in others if other in served] for name, others in chains.items() if name in served
+    }
     return {
         "host": host,
         "address": lab_module.address(declaration["nodes"][host], host),
@@ -191,7 +211,14 @@ def endpoints(declaration: dict[str, Any], lock: dict[str, Any], catalogue: dict
 
     def endpoint(name: str, where: str, url: str, kind: str, mode: str = "chat") -> dict[str, Any]:
         timeout = {key.upper(): entry for key, entry in tiers.items()}.get(where, {}).get("timeout", DEFAULT_TIMEOUT_S)
-        return {"name": f"{where.lower()}/{name}", "url": url, "tier": where, "timeout": timeout, "kind": kind, "mode": mode}
+        return {
+            "name": f"{where.lower()}/{name}",
+            "url": url,
+            "tier": where,
+            "timeout": timeout,
+            "kind": kind,
+            "mode": mode,
+        }
 
     found = []
     for instance in started(declaration, lock):
@@ -204,7 +231,9 @@ def endpoints(declaration: dict[str, Any], lock: dict[str, Any], catalogue: dict
     return found
 
 
-def views(declaration: dict[str, Any], lock: dict[str, Any] | None, catalogue: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def views(
+    declaration: dict[str, Any], lock: dict[str, Any] | None, catalogue: dict[str, Any]
+) -> dict[str, dict[str, Any]]:
     """Return per host C({roles: [...], docker_host: {...}, inference_node: {...}, litellm: {...}}).
 
     Without a lock only what the declaration alone says is there: which roles a host has.
@@ -215,12 +244,20 @@ def views(declaration: dict[str, Any], lock: dict[str, Any] | None, catalogue: d
     result: dict[str, dict[str, Any]] = {}
     for host, node in declaration["nodes"].items():
         docker = node.get("node_runtime", "docker") == "docker"
-        roles = [catalogue[name]["role"] for name, entry in services.items() if entry.get("node") == host and catalogue[name].get("role")]
+        roles = [
+            catalogue[name]["role"]
+            for name, entry in services.items()
+            if entry.get("node") == host and catalogue[name].get("role")
+        ]
         if host in declaration["groups"]["inference"] and docker:
             roles.append("inference_node")
         if roles:
             roles.insert(0, "docker_host")
-        instances = [instance_view(one, declaration, lock) for one in started(declaration, lock) if one["node"] == host] if lock else []
+        instances = (
+            [instance_view(one, declaration, lock) for one in started(declaration, lock) if one["node"] == host]
+            if lock
+            else []
+        )
         result[host] = {
             "roles": roles,
             "hands_over": hands_over(lock, host) if lock else [],
@@ -241,7 +278,9 @@ def goes_away(derived: dict[str, dict[str, Any]], found: dict[str, list[str]]) -
     """
     gone = {}
     for host, names in found.items():
-        stays = {f"llamacpp-{instance['name']}" for instance in derived[host]["inference_node"]["instances"]} | set(derived[host]["roles"])
+        stays = {f"llamacpp-{instance['name']}" for instance in derived[host]["inference_node"]["instances"]} | set(
+            derived[host]["roles"]
+        )
         left = [name for name in names if name not in stays]
         if left:
             gone[host] = left

@@ -39,9 +39,13 @@ def lock() -> dict[str, Any]:
     return yaml.safe_load((BOX / "lab.lock.yml").read_text(encoding="utf-8"))
 
 
-def ask(url: str, key: str | None, body: dict[str, Any] | None = None, timeout: float = 60) -> tuple[int, Any, dict[str, str]]:
+def ask(
+    url: str, key: str | None, body: dict[str, Any] | None = None, timeout: float = 60
+) -> tuple[int, Any, dict[str, str]]:
     """Send one request; return status, body and headers."""
-    request = urllib.request.Request(url, data=json.dumps(body).encode() if body else None, headers={"Content-Type": "application/json"})
+    request = urllib.request.Request(
+        url, data=json.dumps(body).encode() if body else None, headers={"Content-Type": "application/json"}
+    )
     if key:
         request.add_header("Authorization", f"Bearer {key}")
     try:
@@ -60,14 +64,24 @@ def chat(secrets: dict[str, str], model: str) -> tuple[int, Any, dict[str, str]]
 
 def on(node: str, command: str) -> str:
     """Run a command on a node as root; return what it prints."""
-    ssh = ["ssh", "-i", str(BOX / "ssh" / "id_ed25519"), "-o", f"UserKnownHostsFile={BOX / 'ssh' / 'known_hosts'}", "-o", "BatchMode=yes"]
+    ssh = [
+        "ssh",
+        "-i",
+        str(BOX / "ssh" / "id_ed25519"),
+        "-o",
+        f"UserKnownHostsFile={BOX / 'ssh' / 'known_hosts'}",
+        "-o",
+        "BatchMode=yes",
+    ]
     words = [*ssh, f"lab@{NODES[node]}", f"sudo sh -c {json.dumps(command)}"]
     return subprocess.run(words, capture_output=True, text=True, timeout=120, check=True).stdout
 
 
 def predicted(instance: dict[str, Any], secrets: dict[str, str]) -> float:
     """Return how many tokens a server has predicted so far."""
-    _status, text, _headers = ask(f"http://{NODES[instance['node']]}:{instance['port']}/metrics", secrets["lab_secret_llamacpp_api_key"])
+    _status, text, _headers = ask(
+        f"http://{NODES[instance['node']]}:{instance['port']}/metrics", secrets["lab_secret_llamacpp_api_key"]
+    )
     return float(re.search(r"^llamacpp:tokens_predicted_total (\S+)", text, re.MULTILINE).group(1))
 
 
@@ -109,7 +123,11 @@ def test_when_a_server_is_down_its_fallback_answers(lock: dict[str, Any], secret
     try:
         status, answer, _headers = chat(secrets, "code")
         assert status == 200
-        assert sum(predicted(one, secrets) for one in servers(lock, "chat")) >= before + answer["usage"]["completion_tokens"] > before
+        assert (
+            sum(predicted(one, secrets) for one in servers(lock, "chat"))
+            >= before + answer["usage"]["completion_tokens"]
+            > before
+        )
     finally:
         on(server["node"], f"systemctl start {unit}")
     deadline = time.monotonic() + 60
@@ -130,7 +148,10 @@ def test_nobody_is_answered_without_the_key(key: str | None, lock: dict[str, Any
 
 def test_no_secret_is_seen_on_a_node(secrets: dict[str, str]) -> None:
     for node in NODES:
-        seen = on(node, "ps axww -o args; docker ps -aq | xargs -r docker inspect; docker ps -aq | xargs -r -n1 docker logs 2>&1; journalctl --no-pager -q")
+        seen = on(
+            node,
+            "ps axww -o args; docker ps -aq | xargs -r docker inspect; docker ps -aq | xargs -r -n1 docker logs 2>&1; journalctl --no-pager -q",
+        )
         assert len(seen) > 1000
         for name, value in secrets.items():
             assert value not in seen, f"{name} is seen on {node}"

@@ -19,7 +19,6 @@ from typing import Any
 
 import pytest
 import yaml
-
 from test_answers import BOX, INVENTORY, NODES, ROOT, chat, on
 
 LAB = yaml.safe_load((INVENTORY / "lab.yml").read_text(encoding="utf-8"))["all"]["vars"]
@@ -66,7 +65,10 @@ def models() -> dict[str, Any]:
 @pytest.fixture(scope="module", autouse=True)
 def foreign(models: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Let somebody else's container and daemon.json key be there from before the first run to after the last."""
-    image = on("helium", "docker ps --filter label=homelab.inference.managed -q | head -n1 | xargs docker inspect -f '{{.Image}}'").strip()
+    image = on(
+        "helium",
+        "docker ps --filter label=homelab.inference.managed -q | head -n1 | xargs docker inspect -f '{{.Image}}'",
+    ).strip()
     on("helium", f"docker run -d --name {FOREIGN} --entrypoint sleep {image} 86400")
     on("helium", "mkdir -p /srv/theirs && echo theirs > /srv/theirs/file")
     yield {"started": started("helium")[FOREIGN]}
@@ -92,7 +94,9 @@ def test_a_changed_declaration_is_not_deployed_by_surprise(models: dict[str, Any
 
 def test_a_change_touches_one_server_and_check_says_which(models: dict[str, Any], foreign: dict[str, Any]) -> None:
     moves = good(playbook("plan", "--diff", models=models))
-    assert re.search(r"^-\s+ctx-size: 4096$", moves, re.MULTILINE) and re.search(r"^\+\s+ctx-size: 2048$", moves, re.MULTILINE)
+    assert re.search(r"^-\s+ctx-size: 4096$", moves, re.MULTILINE) and re.search(
+        r"^\+\s+ctx-size: 2048$", moves, re.MULTILINE
+    )
     before = started("helium") | {f"lithium/{name}": when for name, when in started("lithium").items()}
     foreseen = changed(good(playbook("site", "--check", "--diff", models=models)))
     assert started("helium") | {f"lithium/{name}": when for name, when in started("lithium").items()} == before
@@ -103,7 +107,9 @@ def test_a_change_touches_one_server_and_check_says_which(models: dict[str, Any]
     unharmed(foreign)
 
 
-def test_a_model_that_leaves_is_shown_and_goes_and_its_neighbours_stay(models: dict[str, Any], foreign: dict[str, Any]) -> None:
+def test_a_model_that_leaves_is_shown_and_goes_and_its_neighbours_stay(
+    models: dict[str, Any], foreign: dict[str, Any]
+) -> None:
     left = {name: model for name, model in models.items() if name != "code"}
     good(playbook("plan", models=left))
     before = started("helium")

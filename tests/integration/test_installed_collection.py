@@ -44,7 +44,9 @@ def run(directory: Path, *words: str, **environment: str) -> subprocess.Complete
     """Run one of Ansible's programs in a directory, with the installed collection and nothing of the checkout."""
     clean = {key: value for key, value in os.environ.items() if not key.startswith("ANSIBLE_")}
     command = [str(BIN / words[0]), *words[1:]]
-    return subprocess.run(command, cwd=directory, env={**clean, **environment}, capture_output=True, text=True, timeout=300, check=False)
+    return subprocess.run(
+        command, cwd=directory, env={**clean, **environment}, capture_output=True, text=True, timeout=300, check=False
+    )
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +54,12 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Build the collection from the files that git knows, install it, and leave only what playbooks may read."""
     work = tmp_path_factory.mktemp("installed")
     source = work / "source"
-    names = subprocess.run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, check=True).stdout
+    names = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        check=True,
+    ).stdout
     for name in filter(None, names.decode().split("\0")):
         if (ROOT / name).is_file():
             (source / name).parent.mkdir(parents=True, exist_ok=True)
@@ -60,7 +67,9 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     built = run(work, "ansible-galaxy", "collection", "build", str(source), "--output-path", str(work))
     assert built.returncode == 0, built.stderr
     (archive,) = work.glob("homelab-inference-*.tar.gz")
-    result = run(work, "ansible-galaxy", "collection", "install", "--offline", str(archive), "-p", str(work / "collections"))
+    result = run(
+        work, "ansible-galaxy", "collection", "install", "--offline", str(archive), "-p", str(work / "collections")
+    )
     assert result.returncode == 0, result.stdout + result.stderr
     collection = work / "collections" / "ansible_collections" / "homelab" / "inference"
     for entry in collection.iterdir():
@@ -89,7 +98,9 @@ def empty(tmp_path: Path) -> Path:
 
 def test_validate_and_plan_by_name(installed: Path, empty: Path) -> None:
     words = ("-i", "lab.yml", "-e", "lab_offline=true")
-    validated = run(empty, "ansible-playbook", "homelab.inference.validate", *words, ANSIBLE_COLLECTIONS_PATH=str(installed))
+    validated = run(
+        empty, "ansible-playbook", "homelab.inference.validate", *words, ANSIBLE_COLLECTIONS_PATH=str(installed)
+    )
     assert validated.returncode == 0, validated.stdout + validated.stderr
     planned = run(empty, "ansible-playbook", "homelab.inference.plan", *words, ANSIBLE_COLLECTIONS_PATH=str(installed))
     assert planned.returncode == 0, planned.stdout + planned.stderr
@@ -107,7 +118,12 @@ def test_validate_and_plan_by_name(installed: Path, empty: Path) -> None:
 
 def test_a_plan_is_made_again_from_the_lock_when_nothing_answers(installed: Path, empty: Path) -> None:
     words = ("-i", "lab.yml", "-e", "lab_offline=true")
-    assert run(empty, "ansible-playbook", "homelab.inference.plan", *words, ANSIBLE_COLLECTIONS_PATH=str(installed)).returncode == 0
+    assert (
+        run(
+            empty, "ansible-playbook", "homelab.inference.plan", *words, ANSIBLE_COLLECTIONS_PATH=str(installed)
+        ).returncode
+        == 0
+    )
     before = (empty / ".lab.lock.yml").read_bytes()
     (empty / "tiny.gguf").unlink()
     again = run(empty, "ansible-playbook", "homelab.inference.plan", *words, ANSIBLE_COLLECTIONS_PATH=str(installed))
@@ -117,7 +133,9 @@ def test_a_plan_is_made_again_from_the_lock_when_nothing_answers(installed: Path
 
 def test_a_corrupt_model_file_is_refused_by_name_and_the_rest_is_planned(installed: Path, empty: Path) -> None:
     (empty / "broken.gguf").write_bytes(b"GGUF" + b"\xff" * 64)
-    inventory = INVENTORY.replace("lab_services:", "  broken: {source: {file: broken.gguf}, categories: [code]}\n    lab_services:")
+    inventory = INVENTORY.replace(
+        "lab_services:", "  broken: {source: {file: broken.gguf}, categories: [code]}\n    lab_services:"
+    )
     (empty / "lab.yml").write_text(inventory, encoding="utf-8")
     words = ("-i", "lab.yml", "-e", "lab_offline=true")
     result = run(empty, "ansible-playbook", "homelab.inference.plan", *words, ANSIBLE_COLLECTIONS_PATH=str(installed))

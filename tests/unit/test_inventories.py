@@ -26,7 +26,15 @@ OWNERS_SECRETS = {"CLOUDFLARE_TOKEN": "cf-3f1d77a0", "DISCORD_WEBHOOK": "https:/
 def run(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run one of Ansible's programs from the environment that runs the tests."""
     program = str(Path(sys.executable).parent / words[0])
-    return subprocess.run([program, *words[1:]], cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(
+        [program, *words[1:]],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
 
 
 @pytest.mark.parametrize("lab", LABS)
@@ -36,7 +44,14 @@ def test_a_documented_lab_validates(lab: str) -> None:
 
 
 def test_a_secret_that_only_the_owner_has_is_asked_for() -> None:
-    result = run("ansible-playbook", "-i", "inventories/mrzk/lab.yml", "playbooks/validate.yml", CLOUDFLARE_TOKEN="", DISCORD_WEBHOOK="")
+    result = run(
+        "ansible-playbook",
+        "-i",
+        "inventories/mrzk/lab.yml",
+        "playbooks/validate.yml",
+        CLOUDFLARE_TOKEN="",
+        DISCORD_WEBHOOK="",
+    )
     assert result.returncode == 2
     assert "lab_secret_cloudflare_token is missing or empty" in result.stdout
     assert "lab_secret_discord_webhook is missing or empty" in result.stdout
@@ -49,7 +64,9 @@ def test_a_lock_beside_the_inventory_makes_no_group(source: str, tmp_path: Path)
     lab.mkdir(parents=True)
     (lab / "lab.yml").write_text((ROOT / "inventories/mrzk/lab.yml").read_text(encoding="utf-8"), encoding="utf-8")
     before = run("ansible-inventory", "-i", str(tmp_path / source), "--graph")
-    (lab / ".lab.lock.yml").write_text("lock_version: 1\ninstances:\n  hosts: {evil: }\nnodes:\n  hosts: {more: }\n", encoding="utf-8")
+    (lab / ".lab.lock.yml").write_text(
+        "lock_version: 1\ninstances:\n  hosts: {evil: }\nnodes:\n  hosts: {more: }\n", encoding="utf-8"
+    )
     after = run("ansible-inventory", "-i", str(tmp_path / source), "--graph")
     assert before.returncode == after.returncode == 0
     assert "@control" in before.stdout and "evil" not in after.stdout

@@ -14,16 +14,38 @@ SHAPE = {"block_count": 32, "head_count_kv": 8, "key_length": 128, "value_length
 
 
 def gpu(number: int, mib: int, vendor: str = "nvidia", kind: str = "dedicated") -> dict[str, Any]:
-    return {"id": f"gpu{number}", "vendor": vendor, "name": "card", "memory_mib": mib, "memory_kind": kind, "cap_mib": None}
+    return {
+        "id": f"gpu{number}",
+        "vendor": vendor,
+        "name": "card",
+        "memory_mib": mib,
+        "memory_kind": kind,
+        "cap_mib": None,
+    }
 
 
 def node(*devices: dict[str, Any], memory: int = 65536, **words: Any) -> dict[str, Any]:
-    return {"devices": list(devices), "memory_mib": memory, "presence": "always", "library": [], "ports": [], "reservations": {}, **words}
+    return {
+        "devices": list(devices),
+        "memory_mib": memory,
+        "presence": "always",
+        "library": [],
+        "ports": [],
+        "reservations": {},
+        **words,
+    }
 
 
-def make(models: dict[str, Any], nodes: dict[str, Any], gib: float = 4, previous: list[dict[str, Any]] | None = None) -> dict[str, Any]:
-    registry = lab.models({"lab": {"lab_models": {name: {"source": {"file": "/x"}, **model} for name, model in models.items()}}})
-    resolved = {name: {"files": [{"name": f"{name}.gguf", "size": int(gib * 2**30), "sha256": None}], "shape": SHAPE} for name in registry}
+def make(
+    models: dict[str, Any], nodes: dict[str, Any], gib: float = 4, previous: list[dict[str, Any]] | None = None
+) -> dict[str, Any]:
+    registry = lab.models(
+        {"lab": {"lab_models": {name: {"source": {"file": "/x"}, **model} for name, model in models.items()}}}
+    )
+    resolved = {
+        name: {"files": [{"name": f"{name}.gguf", "size": int(gib * 2**30), "sha256": None}], "shape": SHAPE}
+        for name in registry
+    }
     return placement.plan(registry, resolved, nodes, previous or [])
 
 
@@ -44,7 +66,9 @@ def test_one_gpu_before_a_split_before_the_processor() -> None:
 
 def test_a_model_too_large_for_one_card_is_split_by_room() -> None:
     """Mission S0-M2: 19 GB on two cards of 16 GB."""
-    plan = make({"gemma": {"context": 8192, "nodes": "helium"}}, {"helium": node(gpu(0, 16384), gpu(1, 16384))}, gib=17.7)
+    plan = make(
+        {"gemma": {"context": 8192, "nodes": "helium"}}, {"helium": node(gpu(0, 16384), gpu(1, 16384))}, gib=17.7
+    )
     (instance,) = plan["instances"]
     assert instance["devices"] == ["gpu0", "gpu1"]
     shares = instance["server_options"]["tensor-split"]
@@ -97,7 +121,14 @@ def test_names_ports_and_homes_stay_when_others_come_and_go() -> None:
 
 def test_a_file_that_lies_on_the_node_is_used_there() -> None:
     size = 4 * 2**30
-    entry = {"library": "/srv/models", "name": "chat.gguf", "path": "deep/chat.gguf", "size": size, "sha256": None, "shards": []}
+    entry = {
+        "library": "/srv/models",
+        "name": "chat.gguf",
+        "path": "deep/chat.gguf",
+        "size": size,
+        "sha256": None,
+        "shards": [],
+    }
     other = {**entry, "size": 7, "library": "/other", "path": "chat.gguf"}
     plan = make({"chat": {"context": 8192}}, {"a": node(library=[other, entry])})
     assert plan["instances"][0]["library"] == {"library": "/srv/models", "path": "deep/chat.gguf"}

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import yaml
-
 from ansible_collections.homelab.inference.plugins.plugin_utils import lab
 
 GOOD = yaml.safe_load("""
@@ -55,31 +54,84 @@ def test_a_good_lab_has_no_problem() -> None:
         ({"lab_models": model(contxt=3)}, "lab_models.extra.contxt is not a known key; did you mean context?"),
         ({"lab_models": model(slots="two")}, "lab_models.extra.slots is 'two', but has to be a whole number."),
         ({"lab_models": model(context=[])}, "lab_models.extra.context is an empty list"),
-        ({"lab_models": model(categories=["cod"])}, "lab_models.extra.categories[0] is 'cod', but has to be one of code"),
-        ({"lab_models": model(nodes="forg")}, "lab_models.extra.nodes names 'forg', which is no host of the inventory; did you mean forge?"),
+        (
+            {"lab_models": model(categories=["cod"])},
+            "lab_models.extra.categories[0] is 'cod', but has to be one of code",
+        ),
+        (
+            {"lab_models": model(nodes="forg")},
+            "lab_models.extra.nodes names 'forg', which is no host of the inventory; did you mean forge?",
+        ),
         ({"lab_models": model(nodes="nuc")}, "lab_models.extra.nodes names nuc, which is not in the group inference"),
         ({"lab_models": model(nodes="rig")}, "lab_models.extra would live on guests alone (rig)"),
         ({"lab_models": model(replicas=3)}, "lab_models.extra.replicas is 3, but only 2 node(s) may run it"),
-        ({"lab_models": model(fallbacks=["smal"])}, "lab_models.extra.fallbacks names 'smal', which is no model of lab_models; did you mean small?"),
+        (
+            {"lab_models": model(fallbacks=["smal"])},
+            "lab_models.extra.fallbacks names 'smal', which is no model of lab_models; did you mean small?",
+        ),
         ({"lab_models": model(fallbacks=["vectors"])}, "one of the two is an embedding model"),
         ({"lab_models": model(fallbacks=["extra"])}, "lab_models.extra.fallbacks goes in a circle (extra -> extra)"),
-        ({"lab_models": model(source={"file": "/x", "url": "https://x/y"})}, "lab_models.extra.source has to name exactly one of"),
-        ({"lab_models": model(source={"ollama": "qwen"})}, "lab_models.extra.source.ollama does not go with engine llamacpp"),
-        ({"lab_models": model(source={"file": "/x", "quant": "Q4_0"})}, "lab_models.extra.source.quant chooses among the files of a repository"),
-        ({"lab_models": model(args={"ctx-size": 4})}, "lab_models.extra.args.ctx-size is set by the plan; leave it out (the model's key context)."),
+        (
+            {"lab_models": model(source={"file": "/x", "url": "https://x/y"})},
+            "lab_models.extra.source has to name exactly one of",
+        ),
+        (
+            {"lab_models": model(source={"ollama": "qwen"})},
+            "lab_models.extra.source.ollama does not go with engine llamacpp",
+        ),
+        (
+            {"lab_models": model(source={"file": "/x", "quant": "Q4_0"})},
+            "lab_models.extra.source.quant chooses among the files of a repository",
+        ),
+        (
+            {"lab_models": model(args={"ctx-size": 4})},
+            "lab_models.extra.args.ctx-size is set by the plan; leave it out (the model's key context).",
+        ),
         ({"lab_models": model(args={"no-mmproj": True})}, "lab_models.extra.args.no-mmproj is set by the plan"),
         ({"lab_models": model(args={"--top-k": 4})}, "lab_models.extra.args.--top-k has dashes; write 'top-k'."),
-        ({"lab_models": {"code": {"source": {"file": "/x"}}, "b": {"source": {"file": "/y"}, "categories": ["code"]}}}, "has the name of the category"),
-        ({"lab_services": {"grafna": {"node": "nuc"}}}, "lab_services.grafna is not a known service; did you mean grafana?"),
+        (
+            {
+                "lab_models": {
+                    "code": {"source": {"file": "/x"}},
+                    "b": {"source": {"file": "/y"}, "categories": ["code"]},
+                }
+            },
+            "has the name of the category",
+        ),
+        (
+            {"lab_services": {"grafna": {"node": "nuc"}}},
+            "lab_services.grafna is not a known service; did you mean grafana?",
+        ),
         ({"lab_services": {"grafana": {}}}, "lab_services.grafana has to say either node"),
-        ({"lab_services": {"grafana": {"node": "nug"}}}, "lab_services.grafana.node is 'nug', which is no host of the inventory; did you mean nuc?"),
-        ({"lab_services": {"grafana": {"node": "nuc", "ports": {"htp": 1}}}}, "lab_services.grafana.ports.htp is not a port of grafana; did you mean http?"),
-        ({"lab_services": {"cloudflare": {"node": "nuc"}}}, "lab_secret_cloudflare_token is missing or empty, and lab_services.cloudflare needs it"),
-        ({"lab_alerts": {"discord": True}}, "lab_secret_discord_webhook is missing or empty, and lab_alerts.discord needs it"),
-        ({"lab_reservations": {"forg": []}}, "lab_reservations.forg is for no host of the inventory; did you mean forge?"),
+        (
+            {"lab_services": {"grafana": {"node": "nug"}}},
+            "lab_services.grafana.node is 'nug', which is no host of the inventory; did you mean nuc?",
+        ),
+        (
+            {"lab_services": {"grafana": {"node": "nuc", "ports": {"htp": 1}}}},
+            "lab_services.grafana.ports.htp is not a port of grafana; did you mean http?",
+        ),
+        (
+            {"lab_services": {"cloudflare": {"node": "nuc"}}},
+            "lab_secret_cloudflare_token is missing or empty, and lab_services.cloudflare needs it",
+        ),
+        (
+            {"lab_alerts": {"discord": True}},
+            "lab_secret_discord_webhook is missing or empty, and lab_alerts.discord needs it",
+        ),
+        (
+            {"lab_reservations": {"forg": []}},
+            "lab_reservations.forg is for no host of the inventory; did you mean forge?",
+        ),
         ({"lab_networks": {"a": {"cidr": "10.0.0.1/24"}}}, "write the network's own address"),
-        ({"lab_networks": {"a": {"cidr": "10.0.0.0/8"}, "b": {"cidr": "10.1.0.0/16"}}}, "lab_networks.a and lab_networks.b overlap"),
-        ({"lab_networks": {"a": {"cidr": "10.0.0.0/24", "reaches": {"b": ["http"]}}}}, "lab_networks.a.reaches names 'b', which is no network"),
+        (
+            {"lab_networks": {"a": {"cidr": "10.0.0.0/8"}, "b": {"cidr": "10.1.0.0/16"}}},
+            "lab_networks.a and lab_networks.b overlap",
+        ),
+        (
+            {"lab_networks": {"a": {"cidr": "10.0.0.0/24", "reaches": {"b": ["http"]}}}},
+            "lab_networks.a.reaches names 'b', which is no network",
+        ),
     ],
 )
 def test_refusals_name_object_cause_and_cure(changes: dict[str, Any], sentence: str) -> None:
@@ -89,7 +141,9 @@ def test_refusals_name_object_cause_and_cure(changes: dict[str, Any], sentence: 
 
 
 def test_all_problems_come_in_one_run() -> None:
-    found = problems(lab_services={"grafana": {"node": "nug"}}, lab_models=model(nodes="forg"), lab_reservations={"x": []})
+    found = problems(
+        lab_services={"grafana": {"node": "nug"}}, lab_models=model(nodes="forg"), lab_reservations={"x": []}
+    )
     assert len(found) == 3
 
 
@@ -105,14 +159,19 @@ def test_clashing_ports_name_the_next_free_one() -> None:
         "lab_services.coolify.ports.http and lab_services.portainer.ports.edge both want port 8000 on nuc; "
         "set lab_services.coolify.ports.http to 8001, the next free one.",
     ]
-    cured = {**services, "minio": {"node": "nuc", "ports": {"s3": 9002}}, "portainer": {"node": "nuc", "ports": {"https": 9444}}}
+    cured = {
+        **services,
+        "minio": {"node": "nuc", "ports": {"s3": 9002}},
+        "portainer": {"node": "nuc", "ports": {"https": 9444}},
+    }
     assert problems(lab_services={**cured, "coolify": {"node": "nuc", "ports": {"http": 8001}}}) == []
 
 
 def test_a_model_port_clashes_with_a_service() -> None:
-    assert "lab_models.extra.port and lab_services.unifi.ports.inform both want port 8080 on forge" in problems(
-        lab_services={"unifi": {"node": "forge"}}, lab_models=model(port=8080, nodes="forge")
-    )[0]
+    assert (
+        "lab_models.extra.port and lab_services.unifi.ports.inform both want port 8080 on forge"
+        in problems(lab_services={"unifi": {"node": "forge"}}, lab_models=model(port=8080, nodes="forge"))[0]
+    )
 
 
 def test_two_hosts_never_share_an_address() -> None:
@@ -138,7 +197,9 @@ def test_sample_secrets_are_refused_without_being_shown(value: str) -> None:
 def test_a_master_key_starts_as_litellm_wants_it() -> None:
     declaration = copy.deepcopy(GOOD)
     declaration["secrets"] = {"lab_secret_litellm_master_key": "a-long-and-real-one"}
-    assert lab.validate(declaration)[0] == ["lab_secret_litellm_master_key has to start with sk-; LiteLLM refuses other master keys."]
+    assert lab.validate(declaration)[0] == [
+        "lab_secret_litellm_master_key has to start with sk-; LiteLLM refuses other master keys."
+    ]
 
 
 def test_one_machine_is_legal_and_warned_of() -> None:
@@ -156,7 +217,9 @@ def test_one_machine_is_legal_and_warned_of() -> None:
 
 def test_hosts_that_contradict_each_other_are_named() -> None:
     collected = lab.collect({"a": {"lab_domain": "x.org"}, "b": {"lab_domain": "y.org"}}, {"inference": ["a"]})
-    assert collected["problems"] == ["lab_domain of host b differs from that of another host; the lab has one, write it below all."]
+    assert collected["problems"] == [
+        "lab_domain of host b differs from that of another host; the lab has one, write it below all."
+    ]
 
 
 def test_fallbacks_follow_the_category_and_never_close_a_circle() -> None:
@@ -191,6 +254,8 @@ def test_fallbacks_follow_the_category_and_never_close_a_circle() -> None:
     assert lab.fallbacks(registry) == {"b": ["a"]}
 
 
-@pytest.mark.parametrize(("size", "expected"), [("8GiB", 8192), ("1.5GiB", 1536), ("512MiB", 512), ("1GB", 954), ("0.1MiB", 1)])
+@pytest.mark.parametrize(
+    ("size", "expected"), [("8GiB", 8192), ("1.5GiB", 1536), ("512MiB", 512), ("1GB", 954), ("0.1MiB", 1)]
+)
 def test_sizes_round_up_to_whole_mib(size: str, expected: int) -> None:
     assert lab.mib(size) == expected

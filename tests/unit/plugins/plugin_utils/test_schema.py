@@ -10,10 +10,9 @@ from typing import Any
 
 import jsonschema
 import yaml
+from ansible_collections.homelab.inference.plugins.plugin_utils.schema import Checker, load
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from ansible_collections.homelab.inference.plugins.plugin_utils.schema import Checker, load
 
 SCHEMA = load("schema.yml")
 ORACLE = jsonschema.Draft202012Validator(SCHEMA)
@@ -65,7 +64,9 @@ def test_a_full_declaration_is_good() -> None:
 @settings(max_examples=150, deadline=None)
 @given(
     place=st.sampled_from([place for place in places(FULL) if place]),
-    junk=st.sampled_from([None, True, -1, 0, 3.5, 10**9, "", "x y", "Q4_K_M", "each", [], ["a", 1], {}, {"unknown": 1}, [[]]]),
+    junk=st.sampled_from(
+        [None, True, -1, 0, 3.5, 10**9, "", "x y", "Q4_K_M", "each", [], ["a", 1], {}, {"unknown": 1}, [[]]]
+    ),
     rename=st.booleans(),
 )
 def test_damage_is_found_exactly_where_the_library_finds_it(place: tuple[Any, ...], junk: Any, rename: bool) -> None:

@@ -9,7 +9,6 @@ import copy
 from typing import Any
 
 import pytest
-
 from ansible_collections.homelab.inference.plugins.plugin_utils import lock as lock_module
 from ansible_collections.homelab.inference.plugins.plugin_utils import planning, views
 from ansible_collections.homelab.inference.plugins.plugin_utils.schema import load
@@ -58,7 +57,10 @@ LOCK: dict[str, Any] = {
     "nodes": {"forge": CPU, "rig": CPU},
     "models": {
         "chat": {"files": [FILE], "shape": {}},
-        "code": {"files": [{"name": "code.gguf", "size": 5, "sha256": None, "url": "https://x/code.gguf"}], "shape": {}},
+        "code": {
+            "files": [{"name": "code.gguf", "size": 5, "sha256": None, "url": "https://x/code.gguf"}],
+            "shape": {},
+        },
     },
     "instances": [
         instance("chat", "forge", {"library": "/srv/models", "path": "chat.gguf"}),
@@ -170,7 +172,10 @@ def test_a_file_of_a_library_is_found_by_name_or_path_with_its_shards() -> None:
     entry = {**shard, "library": "/m", "commit": None, "shape": {"quant": "Q4_0"}, "shards": [shard, other]}
     models = {"b": {"source": {"library": "x/b-00001-of-00002.gguf"}}, "c": {"source": {"library": "c.gguf"}}}
     resolved = planning.resolve(models, [], {"nas": [entry]}, None)
-    assert [file["path"] for file in resolved["b"]["files"]] == ["/m/x/b-00001-of-00002.gguf", "/m/x/b-00002-of-00002.gguf"]
+    assert [file["path"] for file in resolved["b"]["files"]] == [
+        "/m/x/b-00001-of-00002.gguf",
+        "/m/x/b-00002-of-00002.gguf",
+    ]
     assert "c" not in resolved
     assert planning.unresolved(models, [{"model": "z", "error": "no such repository."}], {"nas": []}) == {
         "z": "no such repository",
