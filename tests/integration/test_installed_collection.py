@@ -23,8 +23,8 @@ KEPT = ("MANIFEST.json", "FILES.json", "meta", "plugins", "roles", "playbooks")
 INVENTORY = """
 all:
   children:
-    control: {hosts: {nuc: }}
-    inference: {hosts: {forge: , attic: }}
+    control: {hosts: {nuc: {}}}
+    inference: {hosts: {forge: {}, attic: {}}}
   hosts:
     nuc: {ansible_host: 192.0.2.5}
     forge:
