@@ -1,11 +1,10 @@
-#!/usr/bin/env python3
 # Copyright: Contributors to the homelab.inference project
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Writes the pages that are made from other files: the declaration's reference, the JSON Schema for editors, the list of images.
+"""Writes the pages that are made from other files: the declaration's reference, its JSON Schema, the list of images.
 
-docs/generate.py            write them
-docs/generate.py --check    say which are stale, and end with 1 if any is
+python3 docs/generate.py            write them
+python3 docs/generate.py --check    say which are stale, and end with 1 if any is
 """
 
 from __future__ import annotations
@@ -22,6 +21,15 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 SCHEMA = ROOT / "plugins" / "plugin_utils" / "schema.yml"
 NOTICE = "<!-- Made by docs/generate.py; edit {source} instead. -->\n\n"
+INTRODUCTION = """\
+# The declaration, key by key
+
+An owner writes an ordinary Ansible inventory. The groups `control`, `inference` and `library` say what a host does; \
+these variables say what differs from the defaults.
+A single value is a promise: kept or refused. \
+A list, where the table says so, is an order of preference: the first that fits wins.
+
+"""
 
 
 def resolved(entry: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
@@ -91,10 +99,8 @@ def reference() -> str:
     node = {key: entry for key, entry in schema["properties"].items() if key.startswith("node_")}
     return (
         NOTICE.format(source="plugins/plugin_utils/schema.yml")
-        + "# The declaration, key by key\n\nAn owner writes an ordinary Ansible inventory. The groups `control`, `inference` and `library` say what a host does; "
-        "these variables say what differs from the defaults.\nA single value is a promise: kept or refused. A list, where the table says so, is an order of preference: "
-        "the first that fits wins.\n\n"
-        "## The lab (below `all.vars`)\n\n"
+        + INTRODUCTION
+        + "## The lab (below `all.vars`)\n\n"
         + table(rows(lab, schema))
         + "\n## A model (`lab_models.NAME`)\n\n"
         + table(rows(schema["$defs"]["model"]["properties"], schema))
@@ -139,7 +145,7 @@ def main() -> int:
             if not check:
                 path.write_text(text, encoding="utf-8")
     for name in stale:
-        print(f"docs/{name} {'is stale; run docs/generate.py' if check else 'written'}")
+        print(f"docs/{name} {'is stale; run python3 docs/generate.py' if check else 'written'}")
     return 1 if check and stale else 0
 
 

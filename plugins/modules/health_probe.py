@@ -37,7 +37,7 @@ options:
         required: true
       tier:
         description:
-          - Endpoints of one tier are judged together. The tier V(GATEWAY) is special: nothing is served without it.
+          - "Endpoints of one tier are judged together. The tier V(GATEWAY) is special: nothing is served without it."
         type: str
         default: REMOTE
       timeout:

@@ -94,7 +94,7 @@ class Run:
         )
         if kill:
             kill(process)
-        self.output, _ = process.communicate(timeout=300)
+        self.output = process.communicate(timeout=300)[0]
         self.outcome = json.loads(self.result_file.read_text()) if self.result_file.exists() else {}
 
     def __getattr__(self, key):

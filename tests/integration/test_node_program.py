@@ -130,7 +130,7 @@ def test_a_killed_server_is_served_again(lab: Lab) -> None:
     until("the restart", lambda: lab.pid("code") not in (0, before))
     until("the first token", lambda: lab.shown("code", "ActiveState") == "active")
     assert lab.state("code") == "HEALTHY"
-    assert any("the server ended (exit code 137)" in line for _, line in lab.journal("code"))
+    assert any("the server ended (exit code 137)" in line for _at, line in lab.journal("code"))
 
 
 def test_the_engine_restarts_and_the_server_stays_the_same(lab: Lab) -> None:
@@ -151,7 +151,7 @@ def test_a_server_that_was_left_running_is_taken_over(lab: Lab) -> None:
     until("the unit's restart", lambda: lab.shown("code", "MainPID") not in ("0", program))
     until("being ready", lambda: lab.shown("code", "ActiveState") == "active")
     assert lab.pid("code") == before
-    assert any("llamacpp-code is running: HEALTHY" in line for _, line in lab.journal("code"))
+    assert any("llamacpp-code is running: HEALTHY" in line for _at, line in lab.journal("code"))
 
 
 def test_a_server_without_an_engine_waits_for_it(lab: Lab) -> None:
@@ -185,7 +185,7 @@ def test_a_broken_model_is_named_and_holds_up_no_other(lab: Lab, models: Path) -
         assert lab.state("code") == "HEALTHY"
         until("giving up", lambda: lab.shown("chat", "ActiveState") == "failed")
         assert lab.shown("chat", "ExecMainStatus") == "15"
-        said = [line for _, line in lab.journal("chat") if line.startswith("Starting llamacpp-chat: ")]
+        said = [line for _at, line in lab.journal("chat") if line.startswith("Starting llamacpp-chat: ")]
         assert said[-1].endswith("the server ended while it was starting. See: docker logs llamacpp-chat")
     finally:
         lab.write("/srv/models/chat.gguf", (models / "chat.gguf").read_bytes())

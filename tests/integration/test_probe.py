@@ -158,7 +158,7 @@ def test_black_holes_cost_no_more_than_the_longest_deadline(chat: Container) -> 
             listener = stack.enter_context(socket.socket())
             listener.bind((f"127.0.9.{host + 1}", 0))
             listener.listen(0)
-            for _ in range(4):
+            for _number in range(4):
                 filler = stack.enter_context(socket.socket())
                 filler.setblocking(False)
                 filler.connect_ex(listener.getsockname())
