@@ -60,7 +60,8 @@ def collect(hostvars: dict[str, dict[str, Any]], groups: dict[str, list[str]]) -
     """Pick the declaration out of an inventory.
 
     :param hostvars: per host its variables, values already templated.
-    :returns: C({lab: {lab_*: ...}, nodes: {host: {node_*, ansible_host, ...}}, groups: {...}, secrets: {...}, problems: [...]}).
+    :returns: C({lab, nodes, groups, secrets, problems}): lab and secrets by variable, nodes per host its C(node_*) and
+        C(ansible_*) variables, groups the hosts by group, problems as sentences.
     """
     lab: dict[str, Any] = {}
     secrets: dict[str, Any] = {}
@@ -98,7 +99,7 @@ def listed(value: Any) -> list[Any]:
 
 
 def normal_model(name: str, model: dict[str, Any]) -> dict[str, Any]:
-    """Return a model with every default filled in and every ladder as a list; None stands for 'derived from the file'."""
+    """Return a model with all defaults filled in and all ladders as lists; None stands for 'derived from the file'."""
     keep = listed(model.get("keep", "always"))
     return {
         "name": name,
@@ -175,7 +176,10 @@ def mib(size: str) -> int:
 
 
 def service_ports(declaration: dict[str, Any], catalogue: dict[str, Any]) -> dict[str, dict[int, str]]:
-    """Return per host the ports that its declared services take: C({host: {port: 'service (name)'}}), first come first served."""
+    """Return per host the ports that its declared services take, first come first served.
+
+    :returns: C({host: {port: 'service (name)'}}).
+    """
     ports: dict[str, dict[int, str]] = {}
     for service, port_name, host, number in declared_ports(declaration, catalogue):
         ports.setdefault(host, {}).setdefault(number, f"{service} ({port_name})")
@@ -191,7 +195,10 @@ def declared_ports(declaration: dict[str, Any], catalogue: dict[str, Any]) -> It
 
 
 def validate(declaration: dict[str, Any]) -> tuple[list[str], list[str]]:
-    """Return C((problems, warnings)): every sentence names the object, the cause and what to do. No problem: the lab is good."""
+    """Return C((problems, warnings)); without problems the lab is good.
+
+    Every sentence names the object, the cause and what to do.
+    """
     problems, warnings = _validate(declaration)
     return [problem.replace("?.", "?") for problem in problems], warnings
 
@@ -236,10 +243,14 @@ def _addresses(declaration: dict[str, Any]) -> Iterator[str]:
         for one in {address(node, host), *(further.values() if isinstance(further, dict) else [])}:
             owners.setdefault(str(one), []).append(host)
     for one, hosts in owners.items():
-        # Hosts may share a jump address with different ports, and one machine may be listed twice as a local connection.
+        # Hosts may share a jump address with different ports, and one machine may be listed twice as a local
+        # connection.
         ports = {declaration["nodes"][host].get("ansible_port", 22) for host in hosts}
         if len(hosts) > 1 and len(ports) < len(hosts):
-            yield f"Hosts {' and '.join(hosts)} have the same address {one}; give each its own (ansible_host or node_address)."
+            yield (
+                f"Hosts {' and '.join(hosts)} have the same address {one}; "
+                "give each its own (ansible_host or node_address)."
+            )
 
 
 def _services(declaration: dict[str, Any], catalogue: dict[str, Any]) -> Iterator[str]:
@@ -247,16 +258,19 @@ def _services(declaration: dict[str, Any], catalogue: dict[str, Any]) -> Iterato
     for service, entry in declaration["lab"].get("lab_services", {}).items():
         where = f"lab_services.{service}"
         if service not in catalogue:
-            yield f"{where} is not a known service{nearest(service, catalogue) or '; known are ' + ', '.join(catalogue)}."
+            hint = nearest(service, catalogue) or "; known are " + ", ".join(catalogue)
+            yield f"{where} is not a known service{hint}."
             continue
         if ("node" in entry) == ("external" in entry):
             yield f"{where} has to say either node (the host that runs it) or external (the address of your own)."
         elif "node" in entry and entry["node"] not in declaration["nodes"]:
-            yield f"{where}.node is {entry['node']!r}, which is no host of the inventory{nearest(entry['node'], declaration['nodes'])}."
+            hint = nearest(entry["node"], declaration["nodes"])
+            yield f"{where}.node is {entry['node']!r}, which is no host of the inventory{hint}."
+        known = catalogue[service]["ports"]
         for port_name in entry.get("ports", {}):
-            if port_name not in catalogue[service]["ports"]:
-                known = catalogue[service]["ports"]
-                yield f"{where}.ports.{port_name} is not a port of {service}{nearest(port_name, known) or '; it has ' + ', '.join(known)}."
+            if port_name not in known:
+                hint = nearest(port_name, known) or "; it has " + ", ".join(known)
+                yield f"{where}.ports.{port_name} is not a port of {service}{hint}."
 
 
 def _ports(declaration: dict[str, Any], catalogue: dict[str, Any]) -> Iterator[str]:
@@ -273,11 +287,19 @@ def _ports(declaration: dict[str, Any], catalogue: dict[str, Any]) -> Iterator[s
         taken = {number for _key, number in claims}
         for key, number in claims:
             if number in owner:
-                free = next(port for port in range(number + 1, 65536) if port not in taken)
+                free = _free_port(number, taken)
                 taken.add(free)
-                yield f"{key} and {owner[number]} both want port {number} on {host}; set {key} to {free}, the next free one."
+                yield (
+                    f"{key} and {owner[number]} both want port {number} on {host}; "
+                    f"set {key} to {free}, the next free one."
+                )
             else:
                 owner[number] = key
+
+
+def _free_port(after: int, taken: set[int]) -> int:
+    """Return the next port that nothing takes; after the highest come those that need no privilege, from the lowest."""
+    return next(port for port in (*range(after + 1, 65536), *range(1024, after)) if port not in taken)
 
 
 def _models(declaration: dict[str, Any]) -> Iterator[str]:
@@ -289,9 +311,13 @@ def _models(declaration: dict[str, Any]) -> Iterator[str]:
         sources = [kind for kind in SOURCES if kind in model["source"]]
         allowed = ENGINE_SOURCES[model["engine"]]
         if len(sources) != 1:
-            yield f"{where}.source has to name exactly one of {', '.join(SOURCES)}; it names {' and '.join(sources) or 'none'}."
+            named = " and ".join(sources) or "none"
+            yield f"{where}.source has to name exactly one of {', '.join(SOURCES)}; it names {named}."
         elif sources[0] not in allowed:
-            yield f"{where}.source.{sources[0]} does not go with engine {model['engine']}; use {' or '.join(allowed)}, or set engine."
+            yield (
+                f"{where}.source.{sources[0]} does not go with engine {model['engine']}; "
+                f"use {' or '.join(allowed)}, or set engine."
+            )
         elif "quant" in model["source"] and sources[0] != "hf":
             yield f"{where}.source.quant chooses among the files of a repository; with {sources[0]} leave it out."
         yield from _model_nodes(where, model, nodes, groups)
@@ -299,7 +325,10 @@ def _models(declaration: dict[str, Any]) -> Iterator[str]:
             if other not in registry:
                 yield f"{where}.fallbacks names {other!r}, which is no model of lab_models{nearest(other, registry)}."
             elif registry[other]["mode"] != model["mode"]:
-                yield f"{where}.fallbacks names {other}, but one of the two is an embedding model and cannot stand in for the other."
+                yield (
+                    f"{where}.fallbacks names {other}, but one of the two is an embedding model "
+                    "and cannot stand in for the other."
+                )
         for option in model["args"]:
             key = option.lstrip("-")
             if option.startswith("-"):
@@ -324,13 +353,18 @@ def _model_nodes(
         if host not in nodes:
             yield f"{where}.nodes names {host!r}, which is no host of the inventory{nearest(host, nodes)}."
         elif host not in groups["inference"]:
-            yield f"{where}.nodes names {host}, which is not in the group inference; add it there or choose another host."
+            yield (
+                f"{where}.nodes names {host}, which is not in the group inference; add it there or choose another host."
+            )
     homes = [host for host in model["nodes"] or groups["inference"] if host in nodes]
     if homes and all(nodes[host].get("node_presence") == "guest" for host in homes):
         yield f"{where} would live on guests alone ({', '.join(homes)}); add a node that is always present."
     known = all(host in nodes for host in model["nodes"] or [])
     if known and isinstance(model["replicas"], int) and len(set(homes)) < model["replicas"]:
-        yield f"{where}.replicas is {model['replicas']}, but only {len(set(homes))} node(s) may run it; lower it or allow more nodes."
+        yield (
+            f"{where}.replicas is {model['replicas']}, but only {len(set(homes))} node(s) may run it; "
+            "lower it or allow more nodes."
+        )
 
 
 def _circles(edges: dict[str, list[str]]) -> Iterator[str]:
@@ -342,7 +376,9 @@ def _circles(edges: dict[str, list[str]]) -> Iterator[str]:
             circle = [*path[path.index(name) :], name]
             if frozenset(circle) not in reported:
                 reported.add(frozenset(circle))
-                yield f"lab_models.{circle[0]}.fallbacks goes in a circle ({' -> '.join(circle)}); take one of them out."
+                yield (
+                    f"lab_models.{circle[0]}.fallbacks goes in a circle ({' -> '.join(circle)}); take one of them out."
+                )
             return
         for other in edges.get(name, []):
             yield from walk(other, [*path, name])
@@ -374,15 +410,22 @@ def _networks(declaration: dict[str, Any]) -> Iterator[str]:
         try:
             parsed[name] = ipaddress.ip_network(network["cidr"])
         except ValueError as error:
-            yield f"lab_networks.{name}.cidr is {network['cidr']!r}: {error}; write the network's own address, such as 10.0.10.0/24."
+            yield (
+                f"lab_networks.{name}.cidr is {network['cidr']!r}: {error}; "
+                "write the network's own address, such as 10.0.10.0/24."
+            )
         for other in network.get("reaches", {}):
             if other != "internet" and other not in networks:
-                yield f"lab_networks.{name}.reaches names {other!r}, which is no network{nearest(other, [*networks, 'internet'])}."
+                hint = nearest(other, [*networks, "internet"])
+                yield f"lab_networks.{name}.reaches names {other!r}, which is no network{hint}."
     names = list(parsed)
     for number, name in enumerate(names):
         for other in names[number + 1 :]:
             if parsed[name].version == parsed[other].version and parsed[name].overlaps(parsed[other]):
-                yield f"lab_networks.{name} and lab_networks.{other} overlap ({parsed[name]}, {parsed[other]}); give each its own range."
+                yield (
+                    f"lab_networks.{name} and lab_networks.{other} overlap ({parsed[name]}, {parsed[other]}); "
+                    "give each its own range."
+                )
 
 
 def _secrets(declaration: dict[str, Any], catalogue: dict[str, Any]) -> Iterator[str]:
@@ -398,7 +441,10 @@ def _secrets(declaration: dict[str, Any], catalogue: dict[str, Any]) -> Iterator
     given = declaration["secrets"]
     for name, reason in needed.items():
         if not given.get(name):
-            yield f"{name} is missing or empty, and {reason} needs it; set it with ansible-vault or a lookup of your secret store."
+            yield (
+                f"{name} is missing or empty, and {reason} needs it; "
+                "set it with ansible-vault or a lookup of your secret store."
+            )
     for name, value in given.items():
         if name not in needed and name not in GENERATED_SECRETS:
             yield f"{name} is not a known secret{nearest(name, [*needed, *GENERATED_SECRETS])}."
@@ -418,7 +464,10 @@ def _warnings(declaration: dict[str, Any], catalogue: dict[str, Any]) -> Iterato
     if lab.get("lab_models") and not groups["inference"]:
         yield "No host is in the group inference: no model can be served."
     if len(declaration["nodes"]) == 1:
-        yield f"The lab is one machine ({next(iter(declaration['nodes']))}): when it is down, everything is, and nothing can take over."
+        yield (
+            f"The lab is one machine ({', '.join(declaration['nodes'])}): "
+            "when it is down, everything is, and nothing can take over."
+        )
     elif not lab.get("lab_witness"):
         yield "lab_witness is not set: the healer cannot tell a dead node from its own network being cut."
     later = [
@@ -427,12 +476,20 @@ def _warnings(declaration: dict[str, Any], catalogue: dict[str, Any]) -> Iterato
         if "node" in entry and not catalogue[name].get("role")
     ]
     if later:
-        yield f"This version plans around these services (ports, addresses) and does not deploy them: {', '.join(later)}."
+        yield (
+            f"This version plans around these services (ports, addresses) and does not deploy them: {', '.join(later)}."
+        )
     for model in models(declaration).values():
         if model["engine"] == "ollama":
-            yield f"lab_models.{model['name']} is asked for at the Ollama of its nodes; this version neither starts Ollama nor pulls the model."
+            yield (
+                f"lab_models.{model['name']} is asked for at the Ollama of its nodes; "
+                "this version neither starts Ollama nor pulls the model."
+            )
         elif model["engine"] != "llamacpp":
-            yield f"lab_models.{model['name']} has engine {model['engine']}; this version checks it and does not start it."
+            yield (
+                f"lab_models.{model['name']} has engine {model['engine']}; "
+                "this version checks it and does not start it."
+            )
     for host in groups["inference"]:
         runtime = declaration["nodes"][host].get("node_runtime", "docker")
         if runtime != "docker":

@@ -60,7 +60,8 @@ def parse(text: str, path: str) -> dict[str, Any]:
         lock = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise LockError(
-            f"Cannot read the lock {path}: {' '.join(str(error).split())}. Restore it from git, or delete it and run plan.yml."
+            f"Cannot read the lock {path}: {' '.join(str(error).split())}. "
+            "Restore it from git, or delete it and run plan.yml."
         ) from error
     if not isinstance(lock, dict) or "lock_version" not in lock:
         raise LockError(f"{path} is not a lock. Restore it from git, or delete it and run plan.yml.")

@@ -71,7 +71,7 @@ def resolve(
 def unresolved(
     models: dict[str, dict[str, Any]], problems: list[dict[str, str]], libraries: dict[str, list[dict[str, Any]]]
 ) -> dict[str, str]:
-    """Return for each model that may have no files why: what its source said, or which libraries were looked through."""
+    """Return for each model that may have no files why: what its source said, or which libraries were searched."""
     reasons = {problem["model"]: problem["error"].rstrip(".") for problem in problems}
     for name, model in models.items():
         if "library" in model["source"]:
@@ -109,12 +109,15 @@ def _in_libraries(wanted: str, libraries: dict[str, list[dict[str, Any]]]) -> di
 def make_lock(lab: dict[str, Any], resolved: dict[str, dict[str, Any]], plan: dict[str, Any]) -> dict[str, Any]:
     """Return the lock.
 
-    :param lab: what action C(lab) returned. :param resolved: what C(resolve) returned. :param plan: what C(vram_plan) returned.
+    :param lab: what action C(lab) returned.
+    :param resolved: what C(resolve) returned.
+    :param plan: what C(vram_plan) returned.
     """
     names = {file["name"].rsplit("/", 1)[-1] for entry in resolved.values() for file in entry["files"]}
     nodes = {}
     for host, node in lab["nodes"].items():
-        # Of a library only what the plan looked at: an index of hundreds of files would change the lock with every download.
+        # Of a library only what the plan looked at: an index of hundreds of files would change the lock with every
+        # download.
         library = [
             {key: entry[key] for key in ("library", "name", "path", "size", "sha256")}
             | {"shards": [{key: shard[key] for key in ("name", "path", "size", "sha256")} for shard in entry["shards"]]}

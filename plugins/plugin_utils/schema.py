@@ -3,8 +3,9 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """Holds a value against the declaration's schema and says each problem in one sentence.
 
-The schema is JSON Schema (schema.yml). No JSON Schema library comes with ansible-core, and their messages do not name the nearest
-known key; the part of the vocabulary that schema.yml uses is small, and a test holds this reader against the C(jsonschema) library.
+The schema is JSON Schema (schema.yml). No JSON Schema library comes with ansible-core, and their messages do not name
+the nearest known key; the part of the vocabulary that schema.yml uses is small, and a test holds this reader against
+the C(jsonschema) library.
 """
 
 from __future__ import annotations
@@ -79,7 +80,8 @@ class Checker:
         kinds = schema.get("type", [])
         kinds = [kinds] if isinstance(kinds, str) else kinds
         if kinds and not any(is_type(value, kind) for kind in kinds):
-            yield f"{where} is {value!r}, but has to be {' or '.join(NAMES[kind] for kind in kinds)}{self.hint(schema)}."
+            allowed = " or ".join(NAMES[kind] for kind in kinds)
+            yield f"{where} is {value!r}, but has to be {allowed}{self.hint(schema)}."
             return
         if "enum" in schema and value not in schema["enum"]:
             allowed = ", ".join(map(str, schema["enum"]))
@@ -101,7 +103,7 @@ class Checker:
             yield from self.keys(value, schema, where)
 
     def alternative(self, value: Any, schemas: list[dict[str, Any]]) -> dict[str, Any]:
-        """Return the alternative that C(value) was most likely meant for: the first that takes it, else one of its kind."""
+        """Return the alternative that C(value) was likely meant for: the first that takes it, else one of its kind."""
         for schema in schemas:
             if not list(self.check(value, schema, "")):
                 return schema

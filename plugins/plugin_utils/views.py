@@ -16,7 +16,8 @@ from ansible_collections.homelab.inference.plugins.plugin_utils import lab as la
 IMAGE_VARIABLES = ("inference_node_images", "litellm_image")
 DEFAULT_TIMEOUT_S = 8
 READY_TIMEOUT_S = 900
-# Where the controller keeps files of one node's library that another node needs: there is no way from node to node without a key.
+# Where the controller keeps files of one node's library that another node needs: there is no way from node to node
+# without a key.
 CACHE = Path("~/.cache/homelab-inference/models")
 
 
@@ -73,7 +74,7 @@ def _reserved(declaration: dict[str, Any], host: str) -> dict[str, int]:
 
 
 def declared(declaration: dict[str, Any]) -> dict[str, Any]:
-    """Return the part of the declaration that a plan is made from; the lock keeps it, and is out of date when it differs."""
+    """Return the part of the declaration that a plan is made from; a lock that keeps another one is out of date."""
     lab = declaration["lab"]
     return {
         "inference": declaration["groups"]["inference"],
@@ -181,7 +182,7 @@ def _ollama(declaration: dict[str, Any], catalogue: dict[str, Any]) -> Iterator[
 
 
 def gateway(declaration: dict[str, Any], lock: dict[str, Any], catalogue: dict[str, Any]) -> dict[str, Any] | None:
-    """Return the gateway as role litellm takes it, and where it answers; None where the lab declares none of its own."""
+    """Return the gateway as role litellm takes it, and where it answers; None where the lab has none of its own."""
     entry = declaration["lab"].get("lab_services", {}).get("litellm", {})
     if "node" not in entry:
         return None

@@ -167,6 +167,15 @@ def test_clashing_ports_name_the_next_free_one() -> None:
     assert problems(lab_services={**cured, "coolify": {"node": "nuc", "ports": {"http": 8001}}}) == []
 
 
+def test_after_the_highest_port_the_next_free_one_is_a_low_one() -> None:
+    services = {
+        "grafana": {"node": "nuc", "ports": {"http": 65535}},
+        "litellm": {"node": "nuc", "ports": {"http": 65535}},
+    }
+    (problem,) = problems(lab_services=services)
+    assert problem.endswith("set lab_services.litellm.ports.http to 1024, the next free one.")
+
+
 def test_a_model_port_clashes_with_a_service() -> None:
     assert (
         "lab_models.extra.port and lab_services.unifi.ports.inform both want port 8080 on forge"

@@ -23,8 +23,19 @@ lab_networks:
   home: {cidr: 10.0.20.0/24, reaches: {servers: [https, 8443/tcp]}}
 lab_firewall: observe
 lab_models:
-  coder: {source: {hf: acme/coder-GGUF, quant: [Q6_K, Q4_K_M], mmproj: auto}, context: [65536, 32768], kv: f16, slots: [4, 2], priority: 90}
-  big: {source: {library: big.gguf}, nodes: [a, b], replicas: each, keep: on-demand, args: {top-k: 40, jinja: true, x: [1, 2]}, port: 9000}
+  coder:
+    source: {hf: acme/coder-GGUF, quant: [Q6_K, Q4_K_M], mmproj: auto}
+    context: [65536, 32768]
+    kv: f16
+    slots: [4, 2]
+    priority: 90
+  big:
+    source: {library: big.gguf}
+    nodes: [a, b]
+    replicas: each
+    keep: on-demand
+    args: {top-k: 40, jinja: true, x: [1, 2]}
+    port: 9000
 lab_reservations: {a: [{device: gpu1, memory: 8GiB, for: comfyui}]}
 lab_services: {litellm: {node: a, ports: {http: 4001}}, pihole: {external: 10.0.10.2}}
 lab_tiers: {REMOTE: {timeout: 8.5}}
@@ -32,7 +43,15 @@ lab_alerts: {discord: true}
 lab_registry_mirror: http://10.0.0.1:5000
 node_library: [/srv/models]
 node_wake: {method: wol, mac: "a8:a1:59:00:11:22"}
-node_gpus: [{id: gpu0, vendor: nvidia, name: RTX, uuid: null, pci: "0000:01:00.0", memory_mib: 16384, memory_kind: dedicated, cap_mib: null}]
+node_gpus:
+  - id: gpu0
+    vendor: nvidia
+    name: RTX
+    uuid: null
+    pci: "0000:01:00.0"
+    memory_mib: 16384
+    memory_kind: dedicated
+    cap_mib: null
 """)
 
 
