@@ -42,7 +42,8 @@ class ActionModule(ActionBase):
         known = (self._loader.load_from_file(str(path)) or {}) if path.exists() else {}
         if not isinstance(known, dict):
             raise AnsibleActionFail(
-                f"Cannot read the secrets in {path}: it is no mapping. Correct it, or move it away to have new ones made."
+                f"Cannot read the secrets in {path}: it is no mapping. "
+                "Correct it, or move it away to have new ones made."
             )
         made = {
             name: PREFIXES.get(name, "") + secrets.token_urlsafe(32) for name in args["names"] if not known.get(name)

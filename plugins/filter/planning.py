@@ -13,7 +13,7 @@ from ansible_collections.homelab.inference.plugins.plugin_utils import lock, pla
 
 
 def lock_text(value: dict[str, Any]) -> str:
-    """Return the lock as text; Ansible's own string types, which YAML does not know, become plain ones by way of JSON."""
+    """Return the lock as text; by way of JSON, because YAML does not know Ansible's own string types."""
     return lock.render(json.loads(json.dumps(value)))
 
 

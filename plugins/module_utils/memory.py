@@ -1,7 +1,7 @@
 # Copyright: Contributors to the homelab.inference project
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""How much memory a model server takes, from the header of its file: a simple estimate that is rather too high than too low."""
+"""How much memory a model server takes, from the header of its file: an estimate, rather too high than too low."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ KV_BYTES = {
     "q4_0": 18 / 32,
     "iq4_nl": 18 / 32,
 }
-# Compute buffers and what the driver takes per process. CUDA contexts measure 451-456 MiB (llama.cpp issue 15860); the graph of an
-# 8B model at ubatch 512 and 16k context is 132 MiB, of larger ones up to a few hundred.
+# Compute buffers and what the driver takes per process. CUDA contexts measure 451-456 MiB (llama.cpp issue 15860); the
+# graph of an 8B model at ubatch 512 and 16k context is 132 MiB, of larger ones up to a few hundred.
 GPU_OVERHEAD_MIB = 456 + 400
 HOST_OVERHEAD_MIB = 64
 EMULATED_OVERHEAD_MIB = 64
@@ -30,7 +30,8 @@ EMULATED_OVERHEAD_MIB = 64
 def kv_mib(shape: dict[str, Any], context: int, slots: int, kv: str) -> float:
     """Return the size of the KV cache in MiB for C(slots) requests of C(context) tokens.
 
-    Every layer is counted with the full context: for models with sliding windows or recurrent layers this is an upper bound.
+    Every layer is counted with the full context: for models with sliding windows or recurrent layers this is an upper
+    bound.
     """
     layers = int(shape.get("block_count") or 0)
     heads = shape.get("head_count_kv") or shape.get("head_count") or 0

@@ -3,9 +3,9 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """Which model runs where, with which flags. Pure: the same facts give the same plan.
 
-A first, simple placement: models in the order of their priority; each where its declaration pins it, else on the first node with
-room; on one GPU if it fits there, else split over the GPUs of the node, else on the processor. What the previous plan had keeps its
-node, name and port as long as that still fits.
+A first, simple placement: models in the order of their priority; each where its declaration pins it, else on the first
+node with room; on one GPU if it fits there, else split over the GPUs of the node, else on the processor. What the
+previous plan had keeps its node, name and port as long as that still fits.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ HOST_RESERVE_MIB = 1024
 def backend(device: dict[str, Any]) -> str:
     """Return the llama.cpp backend for a device.
 
-    An AMD processor with unified memory gets Vulkan: ROCm sees only what the firmware set aside there (llama.cpp issue 19818).
+    An AMD processor with unified memory gets Vulkan: ROCm sees only what the firmware set aside there
+    (llama.cpp issue 19818).
     """
     if device["vendor"] == "amd" and device["memory_kind"] == "unified":
         return "vulkan"
@@ -50,7 +51,8 @@ def backend(device: dict[str, Any]) -> str:
 def worth_using(devices: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the devices that models are placed on: graphics built into a processor only where AMD's is all there is.
 
-    The one beside a graphics card has no memory of its own to add, and Intel's is not faster than the processor it sits in.
+    The one beside a graphics card has no memory of its own to add, and Intel's is not faster than the processor it sits
+    in.
     """
     dedicated = any(device["memory_kind"] == "dedicated" for device in devices)
     built_in = {"amd"} if dedicated else set()
@@ -74,7 +76,10 @@ class Room:
             self.free[host] = {where: max(size - reserved.get(where, 0), 0) for where, size in room.items()}
 
     def candidates(self, host: str, gpu_only: bool = False) -> list[list[dict[str, Any]]]:
-        """Return the device sets to try on a node, best first: each GPU alone, all GPUs of one backend together, the processor."""
+        """Return the device sets to try on a node, best first.
+
+        Each GPU alone, then all GPUs of one backend together, then the processor.
+        """
         devices = worth_using(self.nodes[host]["devices"])
         sets = [[device] for device in sorted(devices, key=lambda device: -self.free[host][device["id"]])]
         for kind in dict.fromkeys(backend(device) for device in devices):
@@ -110,7 +115,10 @@ def overhead(devices: list[dict[str, Any]]) -> int:
 
 
 def contexts(model: dict[str, Any], shape: dict[str, Any]) -> list[int]:
-    """Return the context lengths to try, in tokens: the declared ones, else the trained length halving down (declaration.md)."""
+    """Return the context lengths to try, in tokens (declaration.md).
+
+    The declared ones, else the trained length halving down.
+    """
     trained = int(shape.get("context_length") or LEAST_CONTEXT)
     if model["context"]:
         return model["context"]
@@ -199,10 +207,11 @@ class Planner:
                     what = " and ".join(device["id"] for device in devices) or "its main memory"
                     deficit = need["total"] - free
                     if least is None or deficit < least[0]:
-                        least = (
-                            deficit,
-                            f"it needs {need['total']} MiB at {context} tokens and {slots} slot(s), and {what} of {host} has {free} MiB free",
+                        reason = (
+                            f"it needs {need['total']} MiB at {context} tokens and {slots} slot(s), "
+                            f"and {what} of {host} has {free} MiB free"
                         )
+                        least = (deficit, reason)
                     continue
                 self.room.take(host, shares)
                 self.add(

@@ -240,7 +240,8 @@ problems:
       description: What is wrong with it and what to do.
       type: str
       sample: >-
-        Cannot use /srv/models/half.gguf: it has 1000 bytes of the 436000 that its header promises. Fetch the rest of it.
+        Cannot use /srv/models/half.gguf: it has 1000 bytes of the 436000 that its header promises.
+        Fetch the rest of it.
 """
 
 from ansible.module_utils.basic import AnsibleModule

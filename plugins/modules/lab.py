@@ -12,11 +12,11 @@ short_description: Read, validate and derive the declared lab
 version_added: 0.1.0
 author: homelab.inference contributors (!UNKNOWN)
 description:
-  - Reads C(lab_*) and C(node_*) of all hosts and the groups C(control), C(inference) and C(library), validates the whole of it and
-    derives what each role on each host needs.
+  - Reads C(lab_*) and C(node_*) of all hosts and the groups C(control), C(inference) and C(library), validates the
+    whole of it and derives what each role on each host needs.
   - Works on the controller alone and contacts no host. All problems are reported in one run, a sentence each.
-  - Where hosts have told facts earlier in the playbook (M(homelab.inference.gpu_facts), memory, model library), these are handed on
-    for planning.
+  - Where hosts have told facts earlier in the playbook (M(homelab.inference.gpu_facts), memory, model library), these
+    are handed on for planning.
 options:
   lock:
     description:
@@ -61,7 +61,9 @@ images:
   type: dict
   returned: success
 models:
-  description: The models that llama-server runs, in normal form - every default filled in, every ladder a list, in the order in which they keep their place.
+  description:
+    - The models that llama-server runs, in the order in which they keep their place.
+    - In normal form - every default filled in, every ladder a list.
   type: dict
   returned: success
 nodes:
@@ -108,7 +110,8 @@ secrets_file:
   type: str
   returned: success
 goes_away:
-  description: Per host what was made there earlier and is no longer wanted, as far as the playbook has looked (C(__lab_made)).
+  description:
+    - Per host what was made there earlier and is no longer wanted, as far as the playbook has looked (C(__lab_made)).
   type: dict
   returned: when the lock fits the declaration, or there is none
 most_goes_away:

@@ -12,10 +12,10 @@ short_description: Generate the secrets of a lab once
 version_added: 0.1.0
 author: homelab.inference contributors (!UNKNOWN)
 description:
-  - Generates each named secret that the file does not hold yet, writes them to the file on the controller and returns all that it
-    holds. What the file holds is never changed.
-  - The file is encrypted with ansible-vault where a vault password is configured. Else it has mode C(0600), and a C(.gitignore)
-    beside it keeps it out of git.
+  - Generates each named secret that the file does not hold yet, writes them to the file on the controller and returns
+    all that it holds. What the file holds is never changed.
+  - The file is encrypted with ansible-vault where a vault password is configured. Else it has mode C(0600), and a
+    C(.gitignore) beside it keeps it out of git.
   - Use C(no_log) on the task.
 options:
   path:

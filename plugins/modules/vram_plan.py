@@ -12,10 +12,10 @@ short_description: Plan which model runs where
 version_added: 0.1.0
 author: homelab.inference contributors (!UNKNOWN)
 description:
-  - Places models on the GPUs and processors of the nodes and says with which llama-server options each one runs. It computes, touches
-    no host and changes nothing.
-  - Models are placed in the given order, each where it is pinned, else on the first node with room. On one GPU if it fits there, else
-    split over the GPUs of the node, else on the processor.
+  - Places models on the GPUs and processors of the nodes and says with which llama-server options each one runs. It
+    computes, touches no host and changes nothing.
+  - Models are placed in the given order, each where it is pinned, else on the first node with room. On one GPU if it
+    fits there, else split over the GPUs of the node, else on the processor.
   - What the previous plan had keeps its node, name and port as long as that fits.
   - Memory is estimated from the header of the file, rather too high than too low.
 options:
@@ -32,7 +32,9 @@ options:
     type: dict
     default: {}
   nodes:
-    description: Per inference node its C(devices), C(memory_mib), C(presence), C(library), C(ports) and C(reservations), sizes in MiB.
+    description:
+      - Per inference node its C(devices), C(memory_mib), C(presence), C(library), C(ports) and C(reservations).
+      - Sizes are in MiB.
     type: dict
     required: true
   previous:

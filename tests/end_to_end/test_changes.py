@@ -3,7 +3,8 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """A lab lives: models change and leave, nodes fail, the lab is taken off, and what is somebody else's is never touched.
 
-Needs the box (./lab up). The tests follow one another: each leaves the lab as the next expects it, the last as it was found.
+Needs the box (./lab up). The tests follow one another: each leaves the lab as the next expects it, the last as it was
+found.
 """
 
 from __future__ import annotations

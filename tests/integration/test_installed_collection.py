@@ -1,7 +1,7 @@
 # Copyright: Contributors to the homelab.inference project
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The collection as its users have it: built, installed, called by name from an empty directory with nothing but an inventory."""
+"""The collection as its users have it: built, installed, called by name beside nothing but an inventory."""
 
 from __future__ import annotations
 

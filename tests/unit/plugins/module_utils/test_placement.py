@@ -136,7 +136,7 @@ def test_a_file_that_lies_on_the_node_is_used_there() -> None:
 
 
 def test_graphics_built_into_the_processor_are_left_alone() -> None:
-    """A Ryzen 9700X shows its own graphics beside two Quadros; a NUC shows Intel's alone; Strix Halo's is the machine."""
+    """A Ryzen 9700X shows its own graphics beside its Quadros, a NUC Intel's alone; Strix Halo's is the machine."""
     quadro, ryzen, nuc = gpu(0, 16384), gpu(1, 32768, "amd", "unified"), gpu(0, 8192, "intel", "unified")
     assert placement.worth_using([quadro, ryzen]) == [quadro]
     assert placement.worth_using([nuc]) == []
