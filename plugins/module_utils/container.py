@@ -508,7 +508,8 @@ class Unit(Direct):
     def journal(self) -> list[str]:
         """What the program of the unit wrote last; what systemd adds to that says less."""
         try:
-            process = subprocess.run(
+            # AnsibleModule.run_command has no time limit.
+            process = subprocess.run(  # pylint: disable=ansible-bad-function
                 ["journalctl", f"_SYSTEMD_UNIT={self.instance['unit']}", "--lines=15", "--output=cat", "--no-pager"],
                 stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, timeout=30, check=False,
             )  # fmt: skip
@@ -526,7 +527,8 @@ class Unit(Direct):
 
     def _popen(self, *arguments: str) -> subprocess.Popen[str]:
         try:
-            return subprocess.Popen(
+            # AnsibleModule.run_command says nothing while it waits, and a start may take as long as a model loads.
+            return subprocess.Popen(  # pylint: disable=ansible-bad-function
                 ["systemctl", *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
