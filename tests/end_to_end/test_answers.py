@@ -150,8 +150,8 @@ def test_no_secret_is_seen_on_a_node(secrets: dict[str, str]) -> None:
     for node in NODES:
         seen = on(
             node,
-            "ps axww -o args; journalctl --no-pager -q; "
-            "docker ps -aq | xargs -r docker inspect; docker ps -aq | xargs -r -n1 docker logs 2>&1",
+            "ps axww -o args; docker ps -aq | xargs -r docker inspect; "
+            "docker ps -aq | xargs -r -n1 docker logs 2>&1; journalctl --no-pager -q",
         )
         assert len(seen) > 1000
         for name, value in secrets.items():
