@@ -5,8 +5,8 @@
 
     ansible-inventory -i INVENTORY --list | python3 ask.py [--model NAME] [--random FILE] QUESTION
 
-The inventory on standard input says where the gateway is and holds its key, which so never shows in a list of processes.
-The environment variable LITELLM_MASTER_KEY is used instead where the inventory only has a lookup.
+The inventory on standard input says where the gateway is and holds its key, which so never shows in a list of
+processes. The environment variable LITELLM_MASTER_KEY is used instead where the inventory only has a lookup.
 """
 
 from __future__ import annotations
@@ -34,11 +34,14 @@ def gateway(inventory: dict[str, Any]) -> tuple[str, str]:
     if not service:
         raise SystemExit("ask: the lab declares no gateway. Add litellm to lab_services.")
     port = service.get("ports", {}).get("http", 4000)
-    node = service.get("node", "")
-    host = service.get("external") or hosts.get(node, {}).get("node_address") or hosts.get(node, {}).get("ansible_host") or node
+    name = service.get("node", "")
+    node = hosts.get(name, {})
+    host = service.get("external") or node.get("node_address") or node.get("ansible_host") or name
     key = os.environ.get("LITELLM_MASTER_KEY") or first(KEY)
     if not isinstance(key, str) or "{{" in key:
-        raise SystemExit(f"ask: {KEY} is not readable from the inventory. Deploy the lab first, or set LITELLM_MASTER_KEY.")
+        raise SystemExit(
+            f"ask: {KEY} is not readable from the inventory. Deploy the lab first, or set LITELLM_MASTER_KEY."
+        )
     return f"http://{host}:{port}/v1/chat/completions", key
 
 
@@ -69,7 +72,8 @@ def main() -> None:
     words = parser.parse_args()
     url, key = gateway(json.load(sys.stdin))
     if words.random and words.random.exists() and words.model in words.random.read_text().split():
-        print(f"(no model hub was reached: {words.model} has random weights, its answers mean nothing)", file=sys.stderr)
+        warning = f"(no model hub was reached: {words.model} has random weights, its answers mean nothing)"
+        print(warning, file=sys.stderr)
         words.tokens = min(words.tokens, 48)
     try:
         stream(url, key, words.model, words.question, words.tokens)

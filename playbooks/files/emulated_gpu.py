@@ -1,4 +1,3 @@
-#!/usr/bin/python3
 # Copyright: Contributors to the homelab.inference project
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
@@ -6,12 +5,13 @@
 
     emulated_gpu.py ADDRESS PORT ROOT
 
-ggml-rpc-server serves one client at a time and lets the next one wait; a GPU serves several processes at once. All of them
-live in the unit's memory limit, which is the memory of the GPU, and die with the unit, which is a lost GPU.
+ggml-rpc-server serves one client at a time and lets the next one wait; a GPU serves several processes at once. All of
+them live in the unit's memory limit, which is the memory of the GPU, and die with the unit, which is a lost GPU.
 """
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import socketserver
 import subprocess
@@ -47,7 +47,8 @@ class Client(socketserver.BaseRequestHandler):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        command = ["chroot", sys.argv[3], "/usr/bin/ggml-rpc-server", "--host", "127.0.0.1", "--port", str(port), "--threads", "1"]
+        server = ["/usr/bin/ggml-rpc-server", "--host", "127.0.0.1", "--port", str(port), "--threads", "1"]
+        command = ["chroot", sys.argv[3], *server]
         with subprocess.Popen(command, stdin=subprocess.DEVNULL) as process:
             try:
                 with connect(port, process) as device:
@@ -75,16 +76,12 @@ def pump(source: socket.socket, target: socket.socket) -> None:
     """Pass bytes on until the source ends, then end both, so that the other direction ends too."""
     for connection in (source, target):
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    try:
+    with contextlib.suppress(OSError):
         while block := source.recv(1 << 20):
             target.sendall(block)
-    except OSError:
-        pass
     for connection in (source, target):
-        try:
+        with contextlib.suppress(OSError):
             connection.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """Ends with 0 when the address answers within five seconds as the service it is meant to be.
 
-A registry answers 401 to a stranger, a hub 200. Anything else (a proxy's 403, a captive portal's redirect) is not the service.
+A registry answers 401 to a stranger, a hub 200. Anything else (a proxy's 403, a captive portal's redirect) is not the
+service.
 """
 
 from __future__ import annotations

@@ -5,8 +5,9 @@
 
     python3 tests/images/model/build.py DIRECTORY
 
-Where a model hub is reached they are small published models, pinned by commit and digest. Else they are written here: real GGUF
-files with random weights. What those say means nothing, how they are served is real; the file RANDOM beside them names them.
+Where a model hub is reached they are small published models, pinned by commit and digest. Else they are written here:
+real GGUF files with random weights. What those say means nothing, how they are served is real; the file RANDOM beside
+them names them.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ BUMP = "1"  # Change it with the content of the written files: they are written 
 
 HUB = "https://huggingface.co"
 SMOLLM2 = (
-    "bartowski/SmolLM2-360M-Instruct-GGUF/resolve/7be6f65f1db715fe5dc5a4634c0d459b4eed42ec/SmolLM2-360M-Instruct-Q4_K_M.gguf",
+    "bartowski/SmolLM2-360M-Instruct-GGUF/resolve/7be6f65f1db715fe5dc5a4634c0d459b4eed42ec/"
+    "SmolLM2-360M-Instruct-Q4_K_M.gguf",
     "2fa3f013dcdd7b99f9b237717fa0b12d75bbb89984cc1274be1471a465bac9c2",
 )
 NOMIC_EMBED = (
@@ -34,18 +36,22 @@ NOMIC_EMBED = (
     "3e24342164b3d94991ba9692fdc0dd08e3fd7362e0aacc396a9a5c54a544c3b7",
 )
 
-WORDS = """a about above after again all along also always and another answer any are around as ask at away back be because before
-begin best better between both box but by call can card chat close cloud come copy could count day deep do does done door down each
-early east end even every far fast few field find fire first five follow for four free from full gate give go good grow half hand
-hard have hear help here high hold home hour house how if in into is it keep kind know large last late layer lead learn leave left
-less let light like line list little live load long look low machine make many may mean memory might mind model moon more morning
-most move much must name near need never new next night no node north not now of off old on once one only open or other our out over
-own part path place plan play point port put quick quiet rain read ready real rest right river road room round run same say sea see
-send server set seven share she ship short should show side simple since six sky slow small so some song soon sound south spring
-stand star start state stay step still stone stop story such sun take talk tell ten than that the their then there these they thing
-think this those three through time to today together token too tree true try turn two under until up us use very wait walk want
-warm was watch water way we week well west what when where which while white who why will wind winter wise with word work world
-would year yes you young your""".split()
+VOCABULARY = """
+a about above after again all along also always and another answer any are around as ask at away back be because before
+begin best better between both box but by call can card chat close cloud come copy could count day deep do does done
+door down each early east end even every far fast few field find fire first five follow for four free from full gate
+give go good grow half hand hard have hear help here high hold home hour house how if in into is it keep kind know
+large last late layer lead learn leave left less let light like line list little live load long look low machine make
+many may mean memory might mind model moon more morning most move much must name near need never new next night no node
+north not now of off old on once one only open or other our out over own part path place plan play point port put quick
+quiet rain read ready real rest right river road room round run same say sea see send server set seven share she ship
+short should show side simple since six sky slow small so some song soon sound south spring stand star start state stay
+step still stone stop story such sun take talk tell ten than that the their then there these they thing think this
+those three through time to today together token too tree true try turn two under until up us use very wait walk want
+warm was watch water way we week well west what when where which while white who why will wind winter wise with word
+work world would year yes you young your
+"""
+WORDS = VOCABULARY.split()
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
@@ -214,7 +220,7 @@ def main() -> None:
             print(f"{name}.gguf: no model hub ({error}), so it gets random weights", flush=True)
             random.append(name)
             (embedding_model if name == "embed" else chat_model)(partial, f"box {name}", SEEDS[name])
-        os.replace(partial, target)
+        partial.replace(target)
         print(f"written {target}", flush=True)
     marker.write_text("\n".join([BUMP, *random]) + "\n")
 
