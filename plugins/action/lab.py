@@ -140,6 +140,6 @@ class ActionModule(ActionBase):
         )
 
     def lock_path(self, declaration: dict[str, Any], hostvars: Any) -> Path:
-        """Return the path of the lock; hidden, because Ansible reads other YAML files beside an inventory as inventory."""
+        """Return the path of the lock; hidden, because Ansible reads other YAML files beside an inventory as such."""
         declared = declaration["lab"].get("lab_lock_file")
         return Path(declared) if declared else self.inventory_dir(hostvars) / ".lab.lock.yml"
