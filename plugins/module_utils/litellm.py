@@ -219,7 +219,8 @@ def _model(deployment: dict[str, Any], interval: int) -> dict[str, Any]:
         params["api_base"] = base
         if key_env:
             params["api_key"] = f"os.environ/{key_env}"
-    info: dict[str, Any] = {"id": deployment["id"], "mode": deployment["mode"]}
+    # One failure is enough to rest, so that the next try goes elsewhere. LiteLLM spares a group of one from it.
+    info: dict[str, Any] = {"id": deployment["id"], "mode": deployment["mode"], "allowed_fails": 0}
     if interval > 0:
         # LiteLLM waits 60 s for a silent model, whatever the interval: one would hold up the checks of all.
         info["health_check_timeout"] = min(interval, 60)

@@ -91,7 +91,7 @@ options:
     default: 600
   cooldown_time:
     description:
-      - How long a deployment that failed gets no requests, in seconds.
+      - How long a deployment gets no requests after one that failed, in seconds.
       - LiteLLM applies it where a group has more than one deployment.
     type: int
     default: 5

@@ -118,7 +118,7 @@ def request(url: str, key: str | None = None, body: dict[str, Any] | None = None
         asked.add_header("Authorization", f"Bearer {key}")
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with opener.open(asked, timeout=60) as answer:
+        with opener.open(asked, timeout=180) as answer:
             return answer.status, answer.read().decode()
     except urllib.error.HTTPError as error:
         return error.code, error.read().decode(errors="replace")

@@ -154,6 +154,7 @@ def test_it_is_hardened(gateway: Gateway) -> None:
     assert found["HostConfig"]["CapDrop"] == ["ALL"]
     assert found["HostConfig"]["ReadonlyRootfs"] is True
     assert found["HostConfig"]["SecurityOpt"] == ["no-new-privileges:true"]
+    assert found["HostConfig"]["Sysctls"] == {"net.ipv4.tcp_syn_retries": "2"}
     assert found["HostConfig"]["RestartPolicy"]["Name"] == "unless-stopped"
     assert "/health/liveliness" in " ".join(found["Config"]["Healthcheck"]["Test"])
 

@@ -59,7 +59,7 @@ def test_llamacpp_gets_v1_exactly_once(end: str) -> None:
         "api_base": "http://10.0.10.20:8080/v1",
         "api_key": "not-needed",
     }
-    assert entry["model_info"] == {"id": "chat", "mode": "chat"}
+    assert entry["model_info"] == {"id": "chat", "mode": "chat", "allowed_fails": 0}
 
 
 @pytest.mark.parametrize("end", ["", "/", "/v1", "/v1/"])
