@@ -104,7 +104,9 @@ options:
     type: int
     default: 0
   master_key_env:
-    description: Environment variable of the proxy that holds its master key. Where that is empty, the proxy is open to all.
+    description:
+      - Environment variable of the proxy that holds its master key.
+      - Where that is empty, the proxy is open to all.
     type: str
     default: LITELLM_MASTER_KEY
   validate:
