@@ -114,7 +114,8 @@ def machine() -> Iterator[Machine]:
         made = Machine(name, name)
         docker("exec", name, "mkdir", "/root/clone")
         files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-        pipe(["tar", "-cC", str(ROOT), *files.splitlines()], ["docker", "exec", "-i", name, "tar", "-xC", "/root/clone"])
+        unpack = ["docker", "exec", "-i", name, "tar", "-xC", "/root/clone"]
+        pipe(["tar", "-cC", str(ROOT), *files.splitlines()], unpack)
         yield made
     finally:
         subprocess.run(["docker", "rm", "--force", "--volumes", name], capture_output=True, check=False)
