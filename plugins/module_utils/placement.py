@@ -190,9 +190,10 @@ class Planner:
         shape = resolved["shape"]
         size = sum(file["size"] for file in resolved["files"])
         ladder = list(itertools.product(model["slots"], model["kv"], contexts(model, shape)))
-        tries = [(host, devices) for host in homes for devices in self.room.candidates(host, gpu_only=True)] + [
-            (host, []) for host in homes
+        tries = self.before(model, homes) + [
+            (host, devices) for host in homes for devices in self.room.candidates(host, gpu_only=True)
         ]
+        tries += [(host, []) for host in homes]
         least: tuple[int, str] | None = None
         for host, devices in tries:
             for slots, kv, context in ladder:
@@ -232,6 +233,16 @@ class Planner:
             }
         )
         return None
+
+    def before(self, model: dict[str, Any], homes: list[str]) -> list[tuple[str, list[dict[str, Any]]]]:
+        """Return where servers of the model ran before: a card that became emptier elsewhere is no reason to move."""
+        found = []
+        for instance in self.previous:
+            if instance["model"] == model["name"] and instance["node"] in homes and instance["name"] not in self.kept:
+                own = {device["id"]: device for device in self.nodes[instance["node"]]["devices"]}
+                if instance["devices"] and all(name in own for name in instance["devices"]):
+                    found.append((instance["node"], [own[name] for name in instance["devices"]]))
+        return found
 
     def add(
         self,

@@ -119,6 +119,21 @@ def test_names_ports_and_homes_stay_when_others_come_and_go() -> None:
     assert make(more, nodes, previous=first) == make(more, nodes, previous=first)
 
 
+def test_a_server_stays_on_its_card_when_another_becomes_emptier() -> None:
+    nodes = {"a": node(gpu(0, 16384), gpu(1, 16384))}
+    models = {
+        "big": {"context": 32768, "slots": 1},
+        "mid": {"context": 8192, "slots": 1},
+        "low": {"context": 8192, "slots": 1},
+    }
+    first = make(models, nodes)["instances"]
+    where = {one["name"]: one["devices"] for one in first}
+    assert where == {"big": ["gpu0"], "mid": ["gpu1"], "low": ["gpu1"]}
+    models["big"]["context"] = 8192
+    models["mid"]["context"] = 32768
+    assert {one["name"]: one["devices"] for one in make(models, nodes, previous=first)["instances"]} == where
+
+
 def test_a_file_that_lies_on_the_node_is_used_there() -> None:
     size = 4 * 2**30
     entry = {
