@@ -36,9 +36,7 @@ done
 for save in iptables-save ip6tables-save; do
     command -v $save >/dev/null && $save | grep -v '^#' | sed "s/\[.*//; s/^/$save /"
 done
-for process in /proc/[0-9]*; do
-    tr '\0' ' ' <$process/cmdline 2>/dev/null | cut -c1-80 | grep -v -E '^(sleep|(ba)?sh -c)' | sed 's/^/process /'
-done | sort | uniq -c
+cat /proc/[0-9]*/comm 2>/dev/null | grep -v -x -E 'sleep|(ba)?sh|cat|grep|sed|sort' | sed 's/^/process /' | sort
 cut -d' ' -f2 /proc/mounts | sed 's/^/mount /'
 find /etc /root /home /srv /opt /usr/local /var/lib /var/spool /run /tmp /var/tmp -xdev -type f -not -name '*.pyc' \
     -not -path '/root/clone/.cache/*' -not -path '/root/.cache/pip/*' -not -path '/root/.ansible/*' \
