@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 from pathlib import Path
@@ -56,7 +57,8 @@ class ActionModule(ActionBase):
 
     def write(self, path: Path, values: dict[str, str]) -> None:
         """Write the file in one step, readable by its owner alone, encrypted where a vault password is configured."""
-        text = "---\n" + HEADER + yaml.safe_dump(values, default_flow_style=False)
+        # By way of JSON Ansible's own string types, which YAML does not know, become plain ones.
+        text = "---\n" + HEADER + yaml.safe_dump(json.loads(json.dumps(values)), default_flow_style=False)
         vault_secrets = getattr(self._loader._vault, "secrets", None)
         content = VaultLib(vault_secrets).encrypt(text) if vault_secrets else text.encode()
         path.parent.mkdir(parents=True, exist_ok=True)
