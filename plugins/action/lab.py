@@ -10,8 +10,9 @@ from typing import Any
 
 import yaml
 from ansible.errors import AnsibleActionFail, AnsibleError
+from ansible.module_utils.parsing.convert_bool import boolean
 from ansible.plugins.action import ActionBase
-from ansible_collections.homelab.inference.plugins.plugin_utils import lab, lock, schema, views
+from ansible_collections.homelab.inference.plugins.plugin_utils import drift, lab, lock, schema, views
 
 COLLECTION = Path(__file__).resolve().parents[2]
 # What else of a host's variables the views need; everything below lab_ and node_ is the declaration itself.
@@ -51,6 +52,10 @@ class ActionModule(ActionBase):
             for host in declaration["groups"]["inference"] + declaration["groups"]["library"]
         }
         before = known["nodes"] if known else {}
+        for host in before:
+            if facts.get(host) and not boolean(task_vars.get("lab_accept_drift", False)):
+                facts[host]["devices"], missing = drift.bind(facts[host]["devices"], before[host]["devices"])
+                warnings += [self.missing(host, device, facts[host]["problems"]) for device in missing]
         result.update(
             changed=False,
             warnings=[*result.get("warnings", []), *warnings],
@@ -107,8 +112,19 @@ class ActionModule(ActionBase):
             "devices": devices,
             "memory_mib": known["memtotal_mb"],
             "cpus": known.get("processor_vcpus"),
+            "problems": known.get("inference_gpu_problems", []),
             "library": (hostvars[host].get("__lab_library") or {}).get("files", []),
         }
+
+    @staticmethod
+    def missing(host: str, device: dict[str, Any], problems: list[dict[str, Any]]) -> str:
+        """Return the sentence about a GPU that is in the lock and was not found."""
+        why = "; ".join(f"{problem['evidence']} {problem['remedy']}" for problem in problems) or "Look at the machine."
+        name = f"{device['id']} of {host} ({device['name']}, {drift.identity(device)})"
+        return (
+            f"DRIFT: {name} is in the lock and was not found. {why} "
+            "The plan keeps it; if it is gone for good, plan with -e lab_accept_drift=true."
+        )
 
     @staticmethod
     def made(hostvars: Any, host: str) -> list[str]:

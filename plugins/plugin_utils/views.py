@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ansible_collections.homelab.inference.plugins.plugin_utils import lab as lab_module
@@ -102,7 +102,7 @@ def instance_view(instance: dict[str, Any], declaration: dict[str, Any], lock: d
         "port": instance["port"],
         "address": lab_module.address(node, host),
         "published_address": "0.0.0.0",
-        "server_options": instance["server_options"],
+        "server_options": {**instance["server_options"], **projector(model, library)},
         "memory_mib": None,
         "cpus": None,
         "ready_timeout": READY_TIMEOUT_S,
@@ -113,6 +113,14 @@ def instance_view(instance: dict[str, Any], declaration: dict[str, Any], lock: d
         "library": library["library"] if library else None,
         "files": [] if library else [transfer(file) for file in model["files"]],
     }
+
+
+def projector(model: dict[str, Any], library: dict[str, str] | None) -> dict[str, str]:
+    """Return the option for a model's multimodal projector, which lies beside the model in its volume."""
+    if not model.get("mmproj"):
+        return {}
+    beside = PurePosixPath("/models", library["path"]).parent if library else PurePosixPath("/models")
+    return {"mmproj": str(beside / model["mmproj"])}
 
 
 def cached(file: dict[str, Any]) -> str:

@@ -163,6 +163,20 @@ def test_an_engine_that_is_down_is_started_by_the_next_run(models: dict[str, Any
     unharmed(foreign)
 
 
+def test_a_gpu_that_is_away_is_drift_and_moves_nothing(models: dict[str, Any], foreign: dict[str, Any]) -> None:
+    lock = BOX / "lab.lock.yml"
+    before = lock.read_bytes()
+    on("helium", "systemctl stop emulated-gpu-1")
+    try:
+        result = playbook("plan", models=models)
+    finally:
+        on("helium", "systemctl start emulated-gpu-1")
+    good(result)
+    assert "DRIFT: gpu1 of helium" in " ".join((result.stdout + result.stderr).split())
+    assert lock.read_bytes() == before
+    unharmed(foreign)
+
+
 def test_the_lab_comes_off_and_leaves_what_it_did_not_make(models: dict[str, Any], foreign: dict[str, Any]) -> None:
     good(playbook("remove", models=models))
     for node in NODES:
@@ -174,7 +188,9 @@ def test_the_lab_comes_off_and_leaves_what_it_did_not_make(models: dict[str, Any
     second = good(playbook("remove", models=models))
     assert changed(second) == set()
     foreseen = good(playbook("site", "--check", "--diff", models=models))
-    assert {"(item=chat)", "(item=code)", "(item=embed)", "(item=chat-2)"} <= set(re.findall(r"\(item=[^)]*\)", foreseen))
+    assert {"(item=chat)", "(item=code)", "(item=embed)", "(item=chat-2)"} <= set(
+        re.findall(r"\(item=[^)]*\)", foreseen)
+    )
     assert not list(on("helium", "ls /etc/systemd/system | grep llamacpp || true"))
     good(playbook("plan", models=models))
     good(playbook("site", models=models))

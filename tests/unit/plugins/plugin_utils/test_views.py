@@ -94,6 +94,13 @@ def test_a_file_in_the_library_is_mounted_and_handed_over_to_the_node_that_lacks
     assert code["image"] == "192.0.2.1:5000/ghcr.io/x/llama:1"
 
 
+def test_a_projector_lies_beside_its_model() -> None:
+    model = {"mmproj": "mmproj-F16.gguf"}
+    assert views.projector(model, None) == {"mmproj": "/models/mmproj-F16.gguf"}
+    assert views.projector(model, {"library": "/m", "path": "a/b.gguf"}) == {"mmproj": "/models/a/mmproj-F16.gguf"}
+    assert views.projector({"mmproj": None}, None) == {}
+
+
 def test_the_gateway_knows_every_server_its_fallbacks_and_categories() -> None:
     gateway = views.views(DECLARATION, LOCK, CATALOGUE)["nuc"]["litellm"]
     assert [(one["name"], one["api_base"]) for one in gateway["deployments"]] == [

@@ -1,0 +1,37 @@
+# Copyright: Contributors to the homelab.inference project
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""A GPU keeps the id that the lock gave it, and one that is away is named and not forgotten."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ansible_collections.homelab.inference.plugins.plugin_utils.drift import bind
+
+
+def gpu(name: str, uuid: str | None = None, pci: str | None = None, mib: int = 1000) -> dict[str, Any]:
+    return {"id": name, "uuid": uuid, "pci": pci, "memory_mib": mib, "name": "card"}
+
+
+def test_ids_follow_the_card_and_not_its_place() -> None:
+    locked = [gpu("gpu0", "A"), gpu("gpu1", "B")]
+    devices, missing = bind([gpu("gpu0", "B", mib=2000), gpu("gpu1", "A")], locked)
+    assert [(device["id"], device["uuid"], device["memory_mib"]) for device in devices] == [
+        ("gpu0", "A", 1000),
+        ("gpu1", "B", 2000),
+    ]
+    assert missing == []
+
+
+def test_a_card_that_is_away_stays_and_is_named() -> None:
+    locked = [gpu("gpu0", None, "0000:01:00.0"), gpu("gpu1", "B")]
+    devices, missing = bind([gpu("gpu0", "B")], locked)
+    assert devices == locked
+    assert missing == [locked[0]]
+
+
+def test_a_new_card_takes_the_next_free_id() -> None:
+    devices, missing = bind([gpu("gpu0", "NEW"), gpu("gpu1", "A")], [gpu("gpu0", "A")])
+    assert [(device["id"], device["uuid"]) for device in devices] == [("gpu0", "A"), ("gpu1", "NEW")]
+    assert missing == []
