@@ -36,7 +36,8 @@ done
 for save in iptables-save ip6tables-save; do
     command -v $save >/dev/null && $save | grep -v '^#' | sed "s/\[.*//; s/^/$save /"
 done
-awk '$3 != "Z" {print "process", $2}' /proc/[0-9]*/stat 2>/dev/null | grep -v -E '\((sleep|(ba)?sh|awk|grep|sort)\)' | sort
+awk '$3 != "Z" {print "process", $2}' /proc/[0-9]*/stat 2>/dev/null |
+    sort | grep -v -E '\((sleep|(ba)?sh|awk|grep|sort)\)'
 cut -d' ' -f2 /proc/mounts | sed 's/^/mount /'
 find /etc /root /home /srv /opt /usr/local /var/lib /var/spool /run /tmp /var/tmp -xdev -type f -not -name '*.pyc' \
     -not -path '/root/clone/.cache/*' -not -path '/root/.cache/pip/*' -not -path '/root/.ansible/*' \
