@@ -62,6 +62,7 @@ class ActionModule(ActionBase):
             declaration={key: declaration[key] for key in ("lab", "nodes", "groups")},
             declared=declared,
             images=images,
+            plain_http=views.plain_http(declaration["lab"].get("lab_registry_mirror")),
             models={name: model for name, model in lab.models(declaration).items() if model["engine"] == "llamacpp"},
             nodes=views.planner_nodes(
                 declaration, {**before, **{host: found for host, found in facts.items() if found}}, catalogue

@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from ansible_collections.homelab.inference.plugins.plugin_utils import lock, planning
+from ansible_collections.homelab.inference.plugins.plugin_utils import lock, planning, views
 
 
 def lock_text(value: dict[str, Any]) -> str:
@@ -26,6 +26,7 @@ class FilterModule:
             "lock_text": lock_text,
             "make_lock": planning.make_lock,
             "model_sources": planning.sources,
+            "planned_images": views.planned_images,
             "plan_table": planning.table,
             "resolve_models": planning.resolve,
             "unresolved_models": planning.unresolved,

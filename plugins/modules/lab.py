@@ -60,6 +60,11 @@ images:
   description: Image references by role variable.
   type: dict
   returned: success
+plain_http:
+  description: Registries that speak plain HTTP.
+  type: list
+  elements: str
+  returned: success
 models:
   description:
     - The models that llama-server runs, in the order in which they keep their place.

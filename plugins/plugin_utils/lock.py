@@ -10,6 +10,7 @@ Format (version 1), all sizes in MiB unless the name says bytes::
     nodes:      HOST: {devices, memory_mib, cpus, runtime, presence, library}: the facts the plan was made from
     models:     MODEL: {commit, quant, files: [{name, size, sha256, url | controller_path | library}], shape}
     images:     VARIABLE: {name: reference} or reference
+    digests:    IMAGE behind the mirror: digest, or null where its registry told none
     instances:  [{name, model, node, backend, devices, port, server_options, memory, ...}] in start order per node
     refused:    [{model, reason}]
 """

@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ansible_collections.homelab.inference.plugins.plugin_utils import lock as lock_module
+from ansible_collections.homelab.inference.plugins.plugin_utils import views
 
 # Sources that module model_source_info resolves; files in libraries are found in the nodes' own indexes.
 REMOTE_SOURCES = ("hf", "url", "file")
@@ -106,13 +107,18 @@ def _in_libraries(wanted: str, libraries: dict[str, list[dict[str, Any]]]) -> di
     return None
 
 
-def make_lock(lab: dict[str, Any], resolved: dict[str, dict[str, Any]], plan: dict[str, Any]) -> dict[str, Any]:
+def make_lock(
+    lab: dict[str, Any], resolved: dict[str, dict[str, Any]], plan: dict[str, Any], digests: dict[str, str]
+) -> dict[str, Any]:
     """Return the lock.
 
     :param lab: what action C(lab) returned.
     :param resolved: what C(resolve) returned.
     :param plan: what C(vram_plan) returned.
+    :param digests: what registries told; the lock in force stands in for one that does not answer.
     """
+    wanted = views.planned_images(lab["declaration"], lab["images"], plan["instances"])
+    before = lab["lock"]["digests"] if lab["lock"] else {}
     names = {file["name"].rsplit("/", 1)[-1] for entry in resolved.values() for file in entry["files"]}
     nodes = {}
     for host, node in lab["nodes"].items():
@@ -129,6 +135,7 @@ def make_lock(lab: dict[str, Any], resolved: dict[str, dict[str, Any]], plan: di
         "lock_version": lock_module.VERSION,
         "declared": lab["declared"],
         "images": lab["images"],
+        "digests": {image: digests.get(image) or before.get(image) for image in wanted},
         "nodes": nodes,
         "models": resolved,
         "instances": plan["instances"],

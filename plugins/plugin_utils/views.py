@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from ansible_collections.homelab.inference.plugins.module_utils.registry import pinned
 from ansible_collections.homelab.inference.plugins.plugin_utils import lab as lab_module
 
 # Role variables that name images; their defaults in the roles are the one place where an image is written down.
@@ -30,6 +31,24 @@ def tier(node: dict[str, Any]) -> str:
 def mirrored(image: str, mirror: str | None) -> str:
     """Return an image reference behind the lab's mirror; the whole upstream name stays part of the path."""
     return f"{mirror.removeprefix('http://')}/{image}" if mirror else image
+
+
+def image(name: str, declaration: dict[str, Any], lock: dict[str, Any]) -> str:
+    """Return the reference that a node pulls: behind the mirror, and by the digest where the plan knows it."""
+    behind = mirrored(name, declaration["lab"].get("lab_registry_mirror"))
+    return pinned(behind, lock["digests"].get(behind))
+
+
+def planned_images(declaration: dict[str, Any], images: dict[str, Any], instances: list[dict[str, Any]]) -> list[str]:
+    """Return the images that a plan needs, behind the mirror."""
+    names = [
+        images["inference_node_images"][one["backend"]]
+        for one in instances
+        if one["backend"] in images["inference_node_images"]
+    ]
+    if "node" in declaration["lab"].get("lab_services", {}).get("litellm", {}):
+        names.append(images["litellm_image"])
+    return [mirrored(name, declaration["lab"].get("lab_registry_mirror")) for name in dict.fromkeys(names)]
 
 
 def plain_http(mirror: str | None) -> list[str]:
@@ -95,9 +114,7 @@ def instance_view(instance: dict[str, Any], declaration: dict[str, Any], lock: d
         "model": instance["model"],
         "mode": instance["mode"],
         "backend": instance["backend"],
-        "image": mirrored(
-            lock["images"]["inference_node_images"][instance["backend"]], declaration["lab"].get("lab_registry_mirror")
-        ),
+        "image": image(lock["images"]["inference_node_images"][instance["backend"]], declaration, lock),
         "devices": [devices[name] for name in instance["devices"]],
         "port": instance["port"],
         "address": lab_module.address(node, host),
@@ -207,7 +224,7 @@ def gateway(declaration: dict[str, Any], lock: dict[str, Any], catalogue: dict[s
         "host": host,
         "address": lab_module.address(declaration["nodes"][host], host),
         "port": {**catalogue["litellm"]["ports"], **entry.get("ports", {})}["http"],
-        "image": mirrored(lock["images"]["litellm_image"], declaration["lab"].get("lab_registry_mirror")),
+        "image": image(lock["images"]["litellm_image"], declaration, lock),
         "deployments": deployments,
         "fallbacks": {name: others for name, others in fallbacks.items() if others},
         "aliases": {category: names[0] for category, names in order.items() if category not in served},

@@ -9,6 +9,7 @@ Needs the box (./lab up). Everything here asks the way a client does, and looks 
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import time
@@ -169,8 +170,23 @@ def test_no_secret_is_seen_in_the_loudest_run(secrets: dict[str, str]) -> None:
         assert value not in result.stdout + result.stderr, f"{name} is printed"
 
 
-def test_a_second_run_changes_nothing() -> None:
-    result = subprocess.run([str(ROOT / "lab"), "site"], capture_output=True, text=True, timeout=600, check=False)
+def test_servers_run_the_images_that_the_lock_names_by_digest(lock: dict[str, Any]) -> None:
+    assert len(lock["digests"]) == 2 and all(digest.startswith("sha256:") for digest in lock["digests"].values())
+    for node in NODES:
+        images = on(
+            node, "docker ps --filter label=homelab.inference.managed -q | xargs docker inspect -f '{{.Config.Image}}'"
+        )
+        assert images.split() and all(image.partition("@")[2] in lock["digests"].values() for image in images.split())
+
+
+def test_a_second_run_by_name_from_an_empty_directory_changes_nothing(tmp_path: Path) -> None:
+    environment = {**os.environ, "ANSIBLE_COLLECTIONS_PATH": str(ROOT / ".cache")}
+    environment.pop("ANSIBLE_CONFIG", None)
+    program = str(ROOT / ".cache" / "venv" / "bin" / "ansible-playbook")
+    words = [program, "-i", str(INVENTORY / "lab.yml"), "homelab.inference.site"]
+    result = subprocess.run(
+        words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600, check=False
+    )
     assert result.returncode == 0, result.stdout[-3000:]
     changed = re.findall(r"^(\w+)\s*: ok=\d+\s+changed=(\d+)", result.stdout, re.MULTILINE)
     assert {host for host, _count in changed} >= set(NODES)

@@ -54,6 +54,7 @@ LOCK: dict[str, Any] = {
     "lock_version": 1,
     "declared": views.declared(DECLARATION),
     "images": {"inference_node_images": {"cpu": "ghcr.io/x/llama:1"}, "litellm_image": "ghcr.io/x/litellm:1"},
+    "digests": {"192.0.2.1:5000/ghcr.io/x/llama:1": None, "192.0.2.1:5000/ghcr.io/x/litellm:1": "sha256:ab"},
     "nodes": {"forge": CPU, "rig": CPU},
     "models": {
         "chat": {"files": [FILE], "shape": {}},
@@ -111,6 +112,20 @@ def test_the_gateway_knows_every_server_its_fallbacks_and_categories() -> None:
     assert gateway["fallbacks"] == {"code": ["chat"]}
     # chat and code are models themselves: only fast needs another name.
     assert gateway["aliases"] == {"fast": "chat"}
+
+
+def test_an_image_is_pulled_by_the_digest_that_the_plan_knows() -> None:
+    derived = views.views(DECLARATION, LOCK, CATALOGUE)
+    assert derived["nuc"]["litellm"]["image"] == "192.0.2.1:5000/ghcr.io/x/litellm@sha256:ab"
+    known = {**LOCK, "digests": {"192.0.2.1:5000/ghcr.io/x/llama:1": "sha256:cd"}}
+    (server,) = views.views(DECLARATION, known, CATALOGUE)["forge"]["inference_node"]["instances"]
+    assert server["image"] == "192.0.2.1:5000/ghcr.io/x/llama@sha256:cd"
+    wanted = ["192.0.2.1:5000/ghcr.io/x/llama:1", "192.0.2.1:5000/ghcr.io/x/litellm:1"]
+    assert views.planned_images(DECLARATION, LOCK["images"], LOCK["instances"]) == wanted
+    asked = {"declaration": DECLARATION, "images": LOCK["images"], "lock": LOCK, "nodes": {}, "declared": {}}
+    plan = {"instances": LOCK["instances"], "refused": []}
+    made = planning.make_lock(asked, {}, plan, {wanted[0]: "sha256:cd"})
+    assert made["digests"] == {wanted[0]: "sha256:cd", wanted[1]: "sha256:ab"}
 
 
 def test_endpoints_have_tier_and_timeout() -> None:
