@@ -166,7 +166,7 @@ def test_from_nothing_to_an_answer_and_back(machine: Machine) -> None:
 
     machine.sh("./lab down --all")
     assert machine.sh("ls -A .cache 2>/dev/null; true") == ""
-    machine.sh("dockerd >/dev/null 2>&1 & sleep 5")
+    machine.sh("(dockerd >/dev/null 2>&1 &) ; sleep 5")
     assert machine.sh("docker images --quiet") == ""
 
 
