@@ -9,7 +9,9 @@ import json
 import re
 import urllib.error
 import urllib.parse
-import urllib.request
+
+from ansible.module_utils.urls import ConnectionError as AnsibleConnectionError
+from ansible.module_utils.urls import open_url
 
 # An image for several processors is an index; its digest is the one that every engine can pull by.
 MANIFESTS = (
@@ -70,7 +72,7 @@ def digest(image: str, plain_http: list[str], timeout: float) -> str:
         raise RegistryError(
             f"Cannot find the digest of {image}: {registry} answers {error.code}. Check its name and tag."
         ) from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, AnsibleConnectionError) as error:
         cause = getattr(error, "reason", None) or error
         raise RegistryError(
             f"Cannot find the digest of {image}: {registry} does not answer ({cause}). Plan again when it does."
@@ -81,11 +83,8 @@ def digest(image: str, plain_http: list[str], timeout: float) -> str:
 
 
 def _head(url: str, token: str | None, timeout: float) -> str | None:
-    request = urllib.request.Request(url, method="HEAD", headers={"Accept": ", ".join(MANIFESTS)})
-    if token:
-        request.add_header("Authorization", f"Bearer {token}")
-    with urllib.request.urlopen(request, timeout=timeout) as response:
-        return response.headers.get("Docker-Content-Digest")
+    headers = {"Accept": ", ".join(MANIFESTS), **({"Authorization": f"Bearer {token}"} if token else {})}
+    return open_url(url, method="HEAD", headers=headers, timeout=timeout).headers.get("Docker-Content-Digest")
 
 
 def _token(challenge: str, timeout: float) -> str | None:
@@ -94,6 +93,5 @@ def _token(challenge: str, timeout: float) -> str | None:
     realm = words.pop("realm", None)
     if not realm:
         return None
-    with urllib.request.urlopen(f"{realm}?{urllib.parse.urlencode(words)}", timeout=timeout) as response:
-        answer = json.load(response)
+    answer = json.load(open_url(f"{realm}?{urllib.parse.urlencode(words)}", timeout=timeout))
     return answer.get("token") or answer.get("access_token")
