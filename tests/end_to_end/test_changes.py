@@ -14,6 +14,7 @@ import json
 import os
 import re
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,18 @@ def good(result: subprocess.CompletedProcess[str]) -> str:
 def changed(output: str) -> set[tuple[str, str]]:
     """Return the objects that a run reports as changed, as (host, item)."""
     return set(re.findall(r"^changed: \[(\w+)[^\]]*\](?: => \(item=([^)]*)\))?", output, re.MULTILINE))
+
+
+def answers(node: str) -> None:
+    """Wait until a node that was just switched on lets people log in."""
+    deadline = time.monotonic() + 90
+    while True:
+        try:
+            on(node, "systemctl is-active docker.service")
+            return
+        except subprocess.CalledProcessError:
+            assert time.monotonic() < deadline, f"{node} does not come back"
+            time.sleep(1)
 
 
 def started(node: str) -> dict[str, str]:
@@ -147,6 +160,7 @@ def test_a_node_that_is_away_is_named_and_holds_up_nobody(models: dict[str, Any]
         assert chat(secrets, "chat")[0] == 200
     finally:
         subprocess.run(["docker", "start", "lithium"], check=True, capture_output=True, timeout=120)
+        answers("lithium")
     unharmed(foreign)
 
 
