@@ -26,9 +26,6 @@ SAMPLE = re.compile(
     r"^(sk-)?(1234|change-?me!?|your[-_ ].*|xxx+|<.*>|example|sample|secret|password|passw0rd|token|todo|test|admin)$",
     re.I,
 )
-FIRST_PORT = 8080
-LAST_CONTEXT = 32768
-LEAST_CONTEXT = 8192
 
 # llama-server options that the plan or the server's module owns, by every spelling, with what to write instead.
 OWNED_ARGS = {
@@ -109,7 +106,6 @@ def normal_model(name: str, model: dict[str, Any]) -> dict[str, Any]:
         "kv": listed(model.get("kv", ["f16", "q8_0"])),
         "slots": listed(model.get("slots", 1 if keep[0] == "on-demand" else 2)),
         "nodes": listed(model["nodes"]) if "nodes" in model else None,
-        "pinned": isinstance(model.get("nodes"), str),
         "replicas": model.get("replicas", 1),
         "categories": model.get("categories", []),
         "mode": "embedding" if "embed" in model.get("categories", []) else "chat",
