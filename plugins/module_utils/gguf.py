@@ -117,9 +117,17 @@ POOLING: dict[int | None, str] = {0: "none", 1: "mean", 2: "cls", 3: "last", 4: 
 
 SHARD = re.compile(r"^(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.gguf)$", re.IGNORECASE)
 BLOCK = re.compile(r"^(?:enc\.|dec\.)?blk\.(\d{1,9})\.")
+# Where llama.cpp puts a tensor hangs on its name (llm_tensor_info in src/llama-arch.cpp, LLM_FFN_*_REGEX in
+# common/common.h of 0.5.0).
 EXPERT = re.compile(r"\.ffn_(?:up|down|gate|gate_up)_(?:ch)?exps\b")
-INPUT = re.compile(r"^(?:token_embd|token_embd_norm|position_embd|token_types|per_layer_token_embd)\.")
-OUTPUT = re.compile(r"^(?:enc\.|dec\.)?(?:output|cls)(?:_\w+)?\.")
+FEED_FORWARD = re.compile(r"\.ffn_(?:up|down|gate)\.")
+INPUT = re.compile(r"^(?:token_embd|position_embd|token_types|per_layer_token_embd|masked_embd_\w+)\.")
+OUTPUT = re.compile(
+    r"^(?:(?:enc\.|dec\.)?(?:output|cls)(?:_\w+)?|altup_\w+|dense_[23]|nextn\.post_projection"
+    r"|fc|d2t|markov_w[12]|conf_proj|selector_\w+)\."
+)
+# Types whose matrices the processor may keep in another order (ggml-cpu/repack.cpp): a copy outside the file.
+REPACKED = ("Q1_0", "Q2_K", "Q4_0", "Q4_K", "Q5_K", "Q6_K", "Q8_0", "IQ4_NL", "MXFP4")
 
 # What the shape names itself; every other whole number under the architecture's prefix goes to its hparams.
 NAMED = (
@@ -135,6 +143,8 @@ NAMED = (
     "pooling_type",
     "vocab_size",
 )
+# Lists that mean something else than their one value would.
+LISTS = ("attention.sliding_window_pattern", "ple.layers")
 
 
 class GGUFError(Exception):
@@ -155,6 +165,9 @@ class Header:
     other_bytes: int = 0
     block_bytes: dict[int, int] = field(default_factory=dict)
     expert_bytes: dict[int, int] = field(default_factory=dict)
+    ffn_bytes: dict[int, int] = field(default_factory=dict)
+    repack_bytes: dict[tuple[str, str, int], int] = field(default_factory=dict)  # by type, part and layer
+    embedding_bytes: int = 0
     type_bytes: dict[str, int] = field(default_factory=dict)
     has_output: bool = False
     embedded_tokens: int | None = None
@@ -343,22 +356,33 @@ def _read_tensor(cursor: _Cursor, header: Header) -> None:
     header.type_bytes[type_name] = header.type_bytes.get(type_name, 0) + size
     header.file_bytes = max(header.file_bytes, offset + size)
     match = BLOCK.match(name)
+    index = 0
+    part = "other"
     if match:
-        index = int(match[1])
+        part, index = "blocks", int(match[1])
         if index >= MAX_BLOCKS:
             raise GGUFError(f"the tensor {name[:80]!r} lies beyond {MAX_BLOCKS} layers. Fetch the file again")
         header.block_bytes[index] = header.block_bytes.get(index, 0) + size
         if EXPERT.search(name):
+            part = "experts"
             header.expert_bytes[index] = header.expert_bytes.get(index, 0) + size
+        elif FEED_FORWARD.search(name):
+            header.ffn_bytes[index] = header.ffn_bytes.get(index, 0) + size
     elif INPUT.match(name):
         header.input_bytes += size
         if name == "token_embd.weight" and dimensions > 1:
-            header.embedded_tokens = shape[1]
+            part = "embedding"
+            header.embedded_tokens, header.embedding_bytes = shape[1], size
     elif OUTPUT.match(name):
+        part = "output"
         header.output_bytes += size
         header.has_output = header.has_output or name == "output.weight"
     else:
         header.other_bytes += size
+    # Only matrices, and stacks of them where a router picks one.
+    if type_name in REPACKED and dimensions == (3 if part == "experts" else 2) and shape[1] % 8 == 0:
+        key = (type_name, part, index)
+        header.repack_bytes[key] = header.repack_bytes.get(key, 0) + size
 
 
 def _finish(header: Header, size: int | None) -> None:
@@ -411,7 +435,13 @@ def shard_paths(path: Path) -> list[Path]:
 
 
 def shape(headers: list[Header]) -> dict[str, Any]:
-    """What planning needs to know of a model, from its shards in order: plain values, always the same keys."""
+    """What planning needs to know of a model, from its shards in order: plain values, always the same keys.
+
+    Bytes of tensors: C(input_bytes) stay on the processor, of them C(embedding_bytes) in the token table, which a model
+    with C(tied_output) has a second time as its output; C(output_bytes) go with the output layer, C(other_bytes) with
+    the first; C(block_bytes) are those of each layer, of them C(expert_bytes) in routed experts and C(ffn_bytes) in
+    other feed-forward weights; C(repack_bytes) are, by type, those that a processor may keep in another order.
+    """
     first = headers[0]
     promised = first.whole("split.count") or 1
     if promised > 1 and promised != len(headers):
@@ -432,7 +462,7 @@ def shape(headers: list[Header]) -> dict[str, Any]:
     blocks = _by_layer([header.block_bytes for header in headers])
     sums = {
         name: sum(getattr(header, name) for header in headers)
-        for name in ("input_bytes", "output_bytes", "other_bytes")
+        for name in ("input_bytes", "embedding_bytes", "output_bytes", "other_bytes")
     }
     return {
         "architecture": architecture,
@@ -455,10 +485,12 @@ def shape(headers: list[Header]) -> dict[str, Any]:
         "vocab_size": vocab_size or embedded,
         "tied_output": embedded is not None and not any(header.has_output for header in headers),
         "tensor_count": sum(header.tensor_count for header in headers),
-        "weights_bytes": sum(blocks) + sum(sums.values()),
+        "weights_bytes": sum(blocks) + sum(sums[name] for name in ("input_bytes", "output_bytes", "other_bytes")),
         **sums,
         "block_bytes": blocks,
         "expert_bytes": _by_layer([header.expert_bytes for header in headers]),
+        "ffn_bytes": _by_layer([header.ffn_bytes for header in headers]),
+        "repack_bytes": _repackable([header.repack_bytes for header in headers]),
         "hparams": _hparams(first, prefix),
     }
 
@@ -493,13 +525,25 @@ def _by_layer(sizes: list[dict[int, int]]) -> list[int]:
     return [sum(part.get(index, 0) for part in sizes) for index in range(last + 1)]
 
 
+def _repackable(sizes: list[dict[tuple[str, str, int], int]]) -> dict[str, dict[str, Any]]:
+    """By type: lists by layer of blocks and of their experts, sums of the rest; what is nothing is not named."""
+    result: dict[str, dict[str, Any]] = {}
+    for name, part in sorted({key[:2] for one in sizes for key in one}):
+        by_layer = [{key[2]: size for key, size in one.items() if key[:2] == (name, part)} for one in sizes]
+        layers = _by_layer(by_layer)
+        result.setdefault(name, {})[part] = layers if part in ("blocks", "experts") else sum(layers)
+    return result
+
+
 def _hparams(header: Header, prefix: str) -> dict[str, Any]:
     """The other whole numbers and switches of the architecture; memory depends on many of them and on no fraction."""
     result = {}
     for key in sorted(header.metadata):
         name = key[len(prefix) :]
         if key.startswith(prefix) and name not in NAMED and not name.startswith("rope."):
-            value = _per_layer(header.value(key))
+            value = header.value(key)
+            if name not in LISTS or not isinstance(value, list):
+                value = _per_layer(value)
             if value is not None:
                 result[name] = value
     return result

@@ -19,7 +19,15 @@ def layer_devices(shape: dict[str, Any], options: dict[str, Any], devices: list[
 
     The output layer counts as a layer and is the first to be offloaded.
     """
-    return places(int(shape["block_count"] or 0), settings(options, shape), devices)
+    return places(layer_count(shape), settings(options, shape), devices)
+
+
+def layer_count(shape: dict[str, Any]) -> int:
+    """Return the engine's number of layers: two architectures have more of them than their files have blocks."""
+    layers = int(shape["block_count"] or 0)
+    if shape.get("architecture") == "nanbeige":  # goes through its blocks several times
+        return layers * max(1, int(shape["hparams"].get("num_loops") or 1))
+    return layers + (shape.get("architecture") == "graniteswitch")  # has a layer that chooses the adapter
 
 
 def places(layers: int, chosen: Settings, devices: list[dict[str, Any]]) -> list[str]:

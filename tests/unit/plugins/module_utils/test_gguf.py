@@ -62,10 +62,13 @@ def test_shape_of_a_dense_model(tmp_path):
         "tensor_count": 8,
         "weights_bytes": embedding + 2 * (norm + matrix + down) + norm,
         "input_bytes": embedding,
+        "embedding_bytes": embedding,
         "output_bytes": norm,
         "other_bytes": 0,
         "block_bytes": [norm + matrix + down] * 2,
         "expert_bytes": [],
+        "ffn_bytes": [down] * 2,
+        "repack_bytes": {"Q8_0": {"blocks": [matrix + down] * 2, "embedding": embedding}},
         "hparams": {"feed_forward_length": 96},
     }
     assert json.loads(json.dumps(shape)) == shape

@@ -1,0 +1,101 @@
+# Copyright: Contributors to the homelab.inference project
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""How many bytes of a model's weights lie where (load_tensors in src/llama-model.cpp of llama.cpp 0.7.0).
+
+The token table stays on the processor, a tied output is a second copy of it beside the output layer. Experts that are
+kept on the processor move their weights alone: the rest of their layer, and its cache, stay where they are.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ansible_collections.homelab.inference.plugins.module_utils.memory.layers import HOST, layer_count, places
+from ansible_collections.homelab.inference.plugins.module_utils.memory.options import Settings, settings
+
+# Which types a processor keeps in another order: x86 with AVX2, and Arm with its dot products (ggml-cpu/repack.cpp).
+REORDERED = {
+    "x86_64": ("Q4_0", "Q4_K", "IQ4_NL", "MXFP4"),
+    "aarch64": ("Q1_0", "Q4_0", "Q4_K", "Q5_K", "Q6_K", "Q8_0", "IQ4_NL", "MXFP4"),
+}
+# Devices without pinned host memory of their own; beside others, weights on the processor stay as they are in the file.
+WITHOUT_HOST_BUFFER = ("emulated", "apple")
+# Its layers after the last are no predictions of further tokens: they belong to the model.
+ROUTER = "graniteswitch"
+
+
+def weights(
+    shape: dict[str, Any], options: dict[str, Any], devices: list[dict[str, Any]], machine: str = "x86_64"
+) -> list[dict[str, Any]]:
+    """Return a part for each place that holds weights; what the processor reorders is P(repacked) and not in it."""
+    chosen = settings(options, shape)
+    sizes = dict.fromkeys([*(device["id"] for device in devices), HOST], 0)
+    for where, part, index, size in _pieces(shape, chosen, devices):
+        sizes[where] += size
+        if where == HOST and part != "embedding":
+            sizes[HOST] -= _reordered(shape, chosen, devices, machine, part, index)
+    return [
+        {"where": where, "kind": "weights", "bytes": size, "source": "computed"}
+        for where, size in sizes.items()
+        if size
+    ]
+
+
+def repacked(
+    shape: dict[str, Any], options: dict[str, Any], devices: list[dict[str, Any]], machine: str = "x86_64"
+) -> int:
+    """Return how many bytes of the weights on the processor it keeps in another order, outside the file.
+
+    With memory-mapped files their pages in the file were read, too, and stay until something else needs the room.
+    """
+    chosen = settings(options, shape)
+    return sum(
+        _reordered(shape, chosen, devices, machine, part, index)
+        for where, part, index, _size in _pieces(shape, chosen, devices)
+        if where == HOST
+    )
+
+
+def _reordered(
+    shape: dict[str, Any], chosen: Settings, devices: list[dict[str, Any]], machine: str, part: str, index: int
+) -> int:
+    if not chosen.repack or any(device.get("vendor") not in WITHOUT_HOST_BUFFER for device in devices):
+        return 0
+    total = 0
+    for name in REORDERED.get(machine, ()):
+        size = shape.get("repack_bytes", {}).get(name, {}).get(part, 0)
+        total += (size[index] if index < len(size) else 0) if isinstance(size, list) else size
+    return total
+
+
+def _pieces(shape: dict[str, Any], chosen: Settings, devices: list[dict[str, Any]]) -> list[tuple[str, str, int, int]]:
+    """Return where, which part, of which layer, bytes."""
+    layers = layer_count(shape)
+    where = places(layers, chosen, devices)
+    pieces = [
+        (HOST, "input", 0, shape["input_bytes"]),
+        (where[0], "other", 0, shape["other_bytes"]),
+        (where[-1], "output", 0, shape["output_bytes"]),
+    ]
+    if shape["tied_output"]:
+        # On the processor the output is the table itself, unless it is kept in another order.
+        size = shape.get("embedding_bytes", shape["input_bytes"]) if where[-1] != HOST else 0
+        pieces.append((where[-1], "embedding", 0, size))
+    experts, dense = shape["expert_bytes"], shape.get("ffn_bytes", [])
+    for index, size in enumerate(shape["block_bytes"][: loaded(shape)]):
+        moved = experts[index] if index < len(experts) else 0
+        feed_forward = dense[index] if index < min(len(dense), chosen.ffn_on_cpu) else 0
+        pieces.append((where[min(index, layers)], "blocks", index, size - moved - feed_forward))
+        pieces.append((HOST if index < chosen.moe_on_cpu else where[min(index, layers)], "experts", index, moved))
+        pieces.append((HOST, "feed_forward", index, feed_forward))
+    return pieces
+
+
+def loaded(shape: dict[str, Any]) -> int:
+    """Return how many layers a server loads: those that predict further tokens are passed over unless asked for."""
+    layers = int(shape["block_count"] or 0)
+    further = shape["hparams"].get("nextn_predict_layers") or 0
+    if not isinstance(further, int) or further >= layers or shape["architecture"] == ROUTER:
+        return layers
+    return layers - further
