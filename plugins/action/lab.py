@@ -12,7 +12,7 @@ import yaml
 from ansible.errors import AnsibleActionFail, AnsibleError
 from ansible.module_utils.parsing.convert_bool import boolean
 from ansible.plugins.action import ActionBase
-from ansible_collections.homelab.inference.plugins.plugin_utils import drift, lab, lock, schema, views
+from ansible_collections.homelab.inference.plugins.plugin_utils import drift, lab, lock, measured, schema, views
 
 COLLECTION = Path(__file__).resolve().parents[2]
 # What else of a host's variables the views need; everything below lab_ and node_ is the declaration itself.
@@ -52,10 +52,14 @@ class ActionModule(ActionBase):
             for host in declaration["groups"]["inference"] + declaration["groups"]["library"]
         }
         before = known["nodes"] if known else {}
-        for host in before:
-            if facts.get(host) and not boolean(task_vars.get("lab_accept_drift", False)):
-                facts[host]["devices"], missing = drift.bind(facts[host]["devices"], before[host]["devices"])
-                warnings += [self.missing(host, device, facts[host]["problems"]) for device in missing]
+        for host, found in facts.items():
+            missing: list[dict[str, Any]] = []
+            if found and host in before and not boolean(task_vars.get("lab_accept_drift", False)):
+                found["devices"], missing = drift.bind(found["devices"], before[host]["devices"])
+                warnings += [self.missing(host, device, found["problems"]) for device in missing]
+            if found:
+                ours = views.planned_memory(known["instances"] if known else [], host, self.running(hostvars, host))
+                facts[host] = drift.share(found, before.get(host, {}), ours, [device["id"] for device in missing])
         result.update(
             changed=False,
             warnings=[*result.get("warnings", []), *warnings],
@@ -70,11 +74,22 @@ class ActionModule(ActionBase):
             libraries={host: found["library"] for host, found in facts.items() if found},
             lock=known,
             lock_file=str(path),
+            measured_file=str(path.with_name(path.name.removesuffix(".lock.yml") + ".measured.json")),
             inventory_dir=str(self.inventory_dir(hostvars)),
             stale=stale,
             secrets_missing=[name for name in lab.GENERATED_SECRETS if not declaration["secrets"].get(name)],
             secrets_file=str(self.inventory_dir(hostvars) / "group_vars" / "all" / "secrets.yml"),
         )
+        taken = {
+            host: hostvars[host]["__lab_taken"]
+            for host in hostvars
+            if "servers" in (hostvars[host].get("__lab_taken") or {})
+        }
+        if known and taken:
+            path = Path(result["measured_file"])
+            before = measured.parse(path.read_text(encoding="utf-8")) if path.exists() else {}
+            found, sentences = measured.merge(before, known, taken)
+            result["measured"] = {"text": measured.render(found), "sentences": sentences}
         if not stale:
             result["views"] = views.views(declaration, known, catalogue)
             result["endpoints"] = views.endpoints(declaration, known, catalogue) if known else []
@@ -105,17 +120,20 @@ class ActionModule(ActionBase):
         known = hostvars[host].get("ansible_facts", {})
         if "inference_gpus" not in known or "memtotal_mb" not in known:
             return {}
-        # What is in use at this moment is no part of a plan: the next run would plan differently for it.
-        devices = [
-            {key: value for key, value in device.items() if key != "used_mib"} for device in known["inference_gpus"]
-        ]
         return {
-            "devices": devices,
+            "devices": known["inference_gpus"],
             "memory_mib": known["memtotal_mb"],
+            "memory_used_mib": known.get("memory_mb", {}).get("nocache", {}).get("used"),
             "cpus": known.get("processor_vcpus"),
             "problems": known.get("inference_gpu_problems", []),
             "library": (hostvars[host].get("__lab_library") or {}).get("files", []),
         }
+
+    @staticmethod
+    def running(hostvars: Any, host: str) -> list[str]:
+        """Return the names of our containers that run on a host, as planning.yml found them in this run."""
+        found = (hostvars[host].get("__lab_running") or {}).get("containers") or []
+        return [name.lstrip("/") for container in found for name in container["Names"]]
 
     @staticmethod
     def missing(host: str, device: dict[str, Any], problems: list[dict[str, Any]]) -> str:

@@ -9,6 +9,7 @@ what this collection owns, and only that form is compared.
 
 from __future__ import annotations
 
+import calendar
 import contextlib
 import hashlib
 import hmac
@@ -50,6 +51,9 @@ MIB = 1 << 20
 DEVICE_KEYS = ("PathOnHost", "PathInContainer", "CgroupPermissions")
 # The engine answers some calls only when it is done: creating a container from a large image, stopping a busy one.
 ENGINE_TIMEOUT = 300
+# llama-server's last line before it serves, and far more than it says before that with --verbosity 4.
+LISTENS = b": listening on "
+MAX_START_LOG = 4 * MIB
 
 Values = dict[str, Any]
 Report = Callable[..., None]
@@ -99,6 +103,24 @@ def _cause(error: BaseException) -> str:
     while error.__cause__ or error.__context__:
         error = error.__cause__ or error.__context__  # type: ignore[assignment]
     return getattr(error, "strerror", None) or str(error)
+
+
+def start_log(client: Any, name: str) -> tuple[dict[str, str], str]:
+    """What a container is, as C({image_id, started_at}), and what it has said from its last start until it served.
+
+    A server that has answered for weeks has a long log; it is not read beyond its start.
+    """
+    with _engine(f"Reading the log of container {name}"):
+        container = client.inspect_container(name)
+        started_at = container["State"]["StartedAt"]
+        since = calendar.timegm(time.strptime(started_at[:19], "%Y-%m-%dT%H:%M:%S"))
+        text, size = [], 0
+        for piece in client.logs(name, stream=True, follow=False, since=since):
+            text.append(piece)
+            size += len(piece)
+            if LISTENS in piece or size > MAX_START_LOG:
+                break
+    return {"image_id": container["Image"], "started_at": started_at}, b"".join(text).decode("utf-8", "replace")
 
 
 # ------------------------------------------------------------------------------------------------ values and comparison

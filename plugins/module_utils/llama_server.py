@@ -122,7 +122,8 @@ def arguments(instance: Mapping[str, Any]) -> list[str]:
         argv.append("--embeddings")
     if instance["api_key_file"]:
         argv += ["--api-key-file", API_KEY]
-    options: dict[str, Any] = {"cache-ram": 0}
+    # From 4 on the server says how much memory it takes; it says nothing of what it is asked before 5.
+    options: dict[str, Any] = {"cache-ram": 0, "verbosity": 4}
     if instance["cpus"]:
         options["threads"] = max(1, int(instance["cpus"]))
     options.update(instance["server_options"] or {})

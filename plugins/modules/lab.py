@@ -87,6 +87,15 @@ lock_file:
   description: Path of the lock.
   type: str
   returned: success
+measured_file:
+  description: Path of the file that keeps what servers took.
+  type: str
+  returned: success
+measured:
+  description:
+    - That file as it is now, in C(text), and in C(sentences) which servers took something else than was planned.
+  type: dict
+  returned: when the playbook has asked the servers (C(__lab_taken))
 inventory_dir:
   description: Directory of the inventory; relative paths of model files start there.
   type: str

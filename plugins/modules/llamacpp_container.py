@@ -14,9 +14,10 @@ description:
   - Makes the container of one C(llama-server), compares it with what is wanted, replaces it where it differs, and
     waits until the server has made its first token.
   - What a deployment depends on is always said on the command line and never left to a default of the build. These
-    are C(--host), C(--port), C(--metrics), C(--device), C(--fit off), C(--cache-ram) (V(0) unless O(server_options)
-    has it) and C(--threads) (where O(cpus) is given). A GPU that is missing therefore stops the server instead of
-    letting it serve from the CPU.
+    are C(--host), C(--port), C(--metrics), C(--device), C(--fit off), C(--cache-ram) (V(0)) and
+    C(--verbosity) (V(4), by which M(homelab.inference.llamacpp_memory_info) reads what the server took) unless
+    O(server_options) has them, and C(--threads) (where O(cpus) is given). A GPU that is missing therefore stops the
+    server instead of letting it serve from the CPU.
   - The successor's image is pulled first. The old container is stopped and kept as O(name)C(-previous) until the
     new one answers, and is started again when the new one does not. A run that was interrupted is finished or taken
     back by the next one.

@@ -19,7 +19,16 @@ GROUPS = ("control", "inference", "library")
 SOURCES = ("hf", "url", "library", "file", "ollama", "triton")
 ENGINE_SOURCES = {"llamacpp": ("hf", "url", "library", "file"), "ollama": ("ollama",), "triton": ("triton",)}
 # Words of one run, given with -e; they are no part of the declaration.
-RUN_WORDS = ("lab_accept_drift", "lab_confirm_removal", "lab_health_file", "lab_offline", "lab_remove_data")
+RUN_WORDS = (
+    "lab_accept_drift",
+    "lab_confirm_removal",
+    "lab_health_file",
+    "lab_offline",
+    "lab_plan_html",
+    "lab_plan_json",
+    "lab_remove_data",
+    "lab_strict",
+)
 # Secrets that this collection makes itself when they are absent.
 GENERATED_SECRETS = ("lab_secret_litellm_master_key", "lab_secret_llamacpp_api_key")
 SAMPLE = re.compile(

@@ -1,7 +1,7 @@
 # Copyright: Contributors to the homelab.inference project
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""From declaration, sources and plan to the lock, and the table in which people read it."""
+"""From declaration, sources and plan to the lock."""
 
 from __future__ import annotations
 
@@ -26,7 +26,12 @@ def sources(models: dict[str, dict[str, Any]], directory: str) -> list[dict[str,
         if "file" in source:
             source["file"] = str(Path(directory) / Path(source["file"]).expanduser())
         if any(kind in source for kind in REMOTE_SOURCES):
-            found.append({"model": name, "source": source})
+            # One entry per quantisation: the plan chooses among all that the source has.
+            quants = source.get("quant") or [None]
+            found += [
+                {"model": name, "source": {**source, "quant": [quant]} if quant else source}
+                for quant in ([quants] if isinstance(quants, str) else quants)
+            ]
     return found
 
 
@@ -38,23 +43,18 @@ def resolve(
 ) -> dict[str, dict[str, Any]]:
     """Return per model its exact files and shape; a model whose files are nowhere has no entry.
 
+    Where the owner allows several quantisations and the source has several of them, all stand in C(variants), in the
+    owner's order; the first one also stands in the entry itself.
+
     :param found: the models of what module model_source_info returned.
     :param libraries: per host the index of its model files (module gguf_info).
     :param lock: the lock in force; it stands in for a source or a node that does not answer now.
     """
-    outside = {entry["model"]: entry for entry in found}
     resolved: dict[str, dict[str, Any]] = {}
     for name, model in models.items():
-        if name in outside:
-            entry = outside[name]
-            files = [*entry["files"], *([entry["mmproj"]] if entry.get("mmproj") else [])]
-            resolved[name] = {
-                "commit": entry.get("commit"),
-                "quant": entry.get("quant") or entry["shape"].get("quant"),
-                "files": files,
-                "mmproj": entry["mmproj"]["name"] if entry.get("mmproj") else None,
-                "shape": entry["shape"],
-            }
+        variants = [_outside(entry) for entry in found if entry["model"] == name]
+        if variants:
+            resolved[name] = variants[0] if len(variants) == 1 else {**variants[0], "variants": variants}
         elif "library" in model["source"]:
             entry = _in_libraries(model["source"]["library"], libraries)
             if entry:
@@ -67,6 +67,17 @@ def resolve(
         ):
             resolved[name] = lock["models"][name]
     return resolved
+
+
+def _outside(entry: dict[str, Any]) -> dict[str, Any]:
+    """Return what module model_source_info found of one quantisation, as the lock keeps it."""
+    return {
+        "commit": entry.get("commit"),
+        "quant": entry.get("quant") or entry["shape"].get("quant"),
+        "files": [*entry["files"], *([entry["mmproj"]] if entry.get("mmproj") else [])],
+        "mmproj": entry["mmproj"]["name"] if entry.get("mmproj") else None,
+        "shape": entry["shape"],
+    }
 
 
 def unresolved(
@@ -119,7 +130,12 @@ def make_lock(
     """
     wanted = views.planned_images(lab["declaration"], lab["images"], plan["instances"])
     before = lab["lock"]["digests"] if lab["lock"] else {}
-    names = {file["name"].rsplit("/", 1)[-1] for entry in resolved.values() for file in entry["files"]}
+    names = {
+        file["name"].rsplit("/", 1)[-1]
+        for entry in resolved.values()
+        for variant in entry.get("variants", [entry])
+        for file in variant["files"]
+    }
     nodes = {}
     for host, node in lab["nodes"].items():
         # Of a library only what the plan looked at: an index of hundreds of files would change the lock with every
@@ -141,41 +157,3 @@ def make_lock(
         "instances": plan["instances"],
         "refused": plan["refused"],
     }
-
-
-def table(lock: dict[str, Any]) -> str:
-    """Return the plan as text for people."""
-    rows = [("SERVER", "NODE", "WHERE", "PORT", "CONTEXT", "SLOTS", "KV", "MiB")]
-    for instance in lock["instances"]:
-        options = instance["server_options"]
-        rows.append(
-            (
-                instance["name"],
-                instance["node"],
-                "+".join(instance["devices"]) or "cpu",
-                str(instance["port"]),
-                str(options["ctx-size"] // options["parallel"]),
-                str(options["parallel"]),
-                options["cache-type-k"],
-                str(sum(instance["memory"].values())),
-            )
-        )
-    lines = [_row(row, rows) for row in rows] if lock["instances"] else ["No server is planned."]
-    used: dict[tuple[str, str], int] = {}
-    for instance in lock["instances"]:
-        for device, size in instance["memory"].items():
-            used[instance["node"], device] = used.get((instance["node"], device), 0) + size
-    lines.append("")
-    for host, node in lock["nodes"].items():
-        for device in node["devices"]:
-            size = device.get("cap_mib") or device["memory_mib"]
-            taken = used.get((host, device["id"]), 0)
-            lines.append(f"{host} {device['id']} ({device['name']}): {taken} of {size} MiB planned")
-    for refusal in lock["refused"]:
-        lines.append(f"NOT PLANNED {refusal['model']}: {refusal['reason']}")
-    return "\n".join(lines)
-
-
-def _row(row: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    widths = [max(len(other[column]) for other in rows) for column in range(len(row))]
-    return "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip()

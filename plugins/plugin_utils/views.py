@@ -74,6 +74,7 @@ def planner_nodes(
         nodes[host] = {
             "devices": devices,
             "memory_mib": memory,
+            "memory_used_mib": found.get("memory_used_mib"),
             "cpus": found.get("cpus", node.get("node_cpus")),
             "runtime": node.get("node_runtime", "docker"),
             "presence": node.get("node_presence", "always"),
@@ -92,6 +93,19 @@ def _reserved(declaration: dict[str, Any], host: str) -> dict[str, int]:
     return reserved
 
 
+def planned_memory(instances: list[dict[str, Any]], host: str, running: list[str]) -> dict[str, int]:
+    """Return the MiB that servers which run on a host were planned with, by device id and C(host).
+
+    :param running: names of containers, of which ours are called llamacpp-NAME.
+    """
+    planned: dict[str, int] = {}
+    for instance in instances:
+        if instance["node"] == host and f"llamacpp-{instance['name']}" in running:
+            for where, size in instance["memory"].items():
+                planned[where] = planned.get(where, 0) + size
+    return planned
+
+
 def declared(declaration: dict[str, Any]) -> dict[str, Any]:
     """Return the part of the declaration that a plan is made from; a lock that keeps another one is out of date."""
     lab = declaration["lab"]
@@ -103,9 +117,15 @@ def declared(declaration: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def chosen(instance: dict[str, Any], lock: dict[str, Any]) -> dict[str, Any]:
+    """Return the files and shape that a server runs: those of its model, or of the variant that the plan chose."""
+    model = lock["models"][instance["model"]]
+    return model["variants"][instance["variant"]] if "variants" in model else model
+
+
 def instance_view(instance: dict[str, Any], declaration: dict[str, Any], lock: dict[str, Any]) -> dict[str, Any]:
     """Return one server as role inference_node takes it."""
-    host, model = instance["node"], lock["models"][instance["model"]]
+    host, model = instance["node"], chosen(instance, lock)
     node = declaration["nodes"][host]
     devices = {device["id"]: device for device in lock["nodes"][host]["devices"]}
     library = instance["library"]
@@ -156,10 +176,7 @@ def transfer(file: dict[str, Any]) -> dict[str, Any]:
 def hands_over(lock: dict[str, Any], host: str) -> list[dict[str, str]]:
     """Return the library files of a host that other nodes need, as C({path, cache})."""
     needed = [
-        file
-        for instance in lock["instances"]
-        if not instance["library"]
-        for file in lock["models"][instance["model"]]["files"]
+        file for instance in lock["instances"] if not instance["library"] for file in chosen(instance, lock)["files"]
     ]
     return [
         dict(entry)
@@ -292,6 +309,10 @@ def views(
             "library": node.get("node_library", []),
             "docker_host": {"insecure_registries": plain_http(mirror)},
             "inference_node": {"instances": instances},
+            "containers": [
+                {"name": f"llamacpp-{one['name']}", "devices": [device["id"] for device in one["devices"]]}
+                for one in instances
+            ],
             "litellm": gate if gate and gate["host"] == host else None,
         }
     return result

@@ -27,7 +27,10 @@ def recorded(request):
 
 def wanted(recorded, **changes):
     sealed = recorded["container"]["Config"]["Labels"].get(container.CONFIG)
-    return container.desired({**recorded["instance"], **changes}, recorded["image"], sealed)
+    instance = {**recorded["instance"], **changes}
+    # The recordings are from before the command line said how much is logged.
+    options = {**instance["server_options"], "verbosity": None}
+    return container.desired({**instance, "server_options": options}, recorded["image"], sealed)
 
 
 def differing(recorded, after):

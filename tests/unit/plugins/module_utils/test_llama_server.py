@@ -64,6 +64,7 @@ def test_what_a_deployment_depends_on_is_always_said():
         "--fit": "off",
         "--device": "none",
         "--cache-ram": "0",
+        "--verbosity": "4",
     }
 
 

@@ -208,14 +208,3 @@ def test_a_file_of_a_library_is_found_by_name_or_path_with_its_shards() -> None:
     assert planning.resolve(models, [], {}, known) == {"c": {"files": []}}
     known["declared"]["models"]["c"]["source"] = {"library": "another.gguf"}
     assert planning.resolve(models, [], {}, known) == {}
-
-
-def test_the_table_shows_servers_devices_and_refusals() -> None:
-    lock = copy.deepcopy(LOCK)
-    lock["nodes"]["rig"]["devices"] = [{"id": "gpu0", "name": "card", "memory_mib": 1000}]
-    lock["instances"][1] |= {"devices": ["gpu0"], "memory": {"gpu0": 300}}
-    lock["refused"] = [{"model": "huge", "reason": "it needs more"}]
-    text = planning.table(lock)
-    assert "chat-2  rig    gpu0   8080  2048" in text
-    assert "rig gpu0 (card): 300 of 1000 MiB planned" in text
-    assert "NOT PLANNED huge: it needs more" in text

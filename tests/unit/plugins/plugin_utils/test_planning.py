@@ -1,0 +1,44 @@
+# Copyright: Contributors to the homelab.inference project
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""From declared sources to the files that a plan chooses from."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ansible_collections.homelab.inference.plugins.plugin_utils import lab, planning, views
+
+
+def registry(**source: Any) -> dict[str, Any]:
+    return {"chat": lab.normal_model("chat", {"source": source})}
+
+
+def answer(quant: str) -> dict[str, Any]:
+    file = {"name": f"chat-{quant}.gguf", "size": 1, "sha256": None, "url": f"http://hub.example/{quant}"}
+    return {"model": "chat", "quant": quant, "files": [file], "commit": "c", "shape": {"quant": quant}}
+
+
+def test_every_allowed_quantisation_is_asked_for_by_itself() -> None:
+    models = registry(hf="owner/name", quant=["Q6_K", "Q4_K_M"], mmproj="auto")
+    assert planning.sources(models, "/lab") == [
+        {"model": "chat", "source": {"hf": "owner/name", "quant": [quant], "mmproj": "auto"}}
+        for quant in ("Q6_K", "Q4_K_M")
+    ]
+    assert planning.sources(registry(hf="owner/name", quant="Q8_0"), "/lab")[0]["source"]["quant"] == ["Q8_0"]
+    assert planning.sources(registry(hf="owner/name"), "/lab") == [{"model": "chat", "source": {"hf": "owner/name"}}]
+
+
+def test_those_that_the_source_has_become_variants_in_the_owners_order() -> None:
+    models = registry(hf="owner/name", quant=["Q6_K", "Q5_K_M", "Q4_K_M"])
+    found = planning.resolve(models, [answer("Q6_K"), answer("Q4_K_M")], {}, None)["chat"]
+    assert [variant["quant"] for variant in found["variants"]] == ["Q6_K", "Q4_K_M"]
+    assert found["files"] == found["variants"][0]["files"]
+    assert "variants" not in planning.resolve(models, [answer("Q4_K_M")], {}, None)["chat"]
+
+
+def test_a_server_gets_the_files_of_the_variant_that_the_plan_chose() -> None:
+    models = registry(hf="owner/name", quant=["Q6_K", "Q4_K_M"])
+    found = planning.resolve(models, [answer("Q6_K"), answer("Q4_K_M")], {}, None)
+    lock = {"models": found}
+    assert views.chosen({"model": "chat", "variant": 1}, lock)["files"][0]["name"] == "chat-Q4_K_M.gguf"
