@@ -27,7 +27,6 @@ class FilterModule:
             "make_lock": planning.make_lock,
             "model_sources": planning.sources,
             "planned_images": views.planned_images,
-            "plan_table": planning.table,
             "resolve_models": planning.resolve,
             "unresolved_models": planning.unresolved,
         }
