@@ -1,7 +1,7 @@
 # Copyright: Contributors to the homelab.inference project
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Writes the pages that are made from other files: the declaration's reference, its JSON Schema, the list of images.
+"""Writes the pages that are made from other files: the declaration's reference and JSON Schema, images, quality.
 
 python3 docs/generate.py            write them
 python3 docs/generate.py --check    say which are stale, and end with 1 if any is
@@ -10,6 +10,7 @@ python3 docs/generate.py --check    say which are stale, and end with 1 if any i
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import sys
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 SCHEMA = ROOT / "plugins" / "plugin_utils" / "schema.yml"
+QUALITY = ROOT / "plugins" / "module_utils" / "planner" / "quality.py"
 NOTICE = "<!-- Made by docs/generate.py; edit {source} instead. -->\n\n"
 INTRODUCTION = """\
 # The declaration, key by key
@@ -129,7 +131,49 @@ def images() -> str:
     return "\n".join(lines) + "\n"
 
 
-PAGES = {"declaration.md": reference, "declaration.schema.json": json_schema, "images.md": images}
+def quality() -> str:
+    """Return what a server is worth, from the table that the planner uses."""
+    spec = importlib.util.spec_from_file_location("quality", QUALITY)
+    table = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(table)
+    longest = max(len(row) for row in table.STEPS.values())
+    lines = [
+        NOTICE.format(source="plugins/module_utils/planner/quality.py") + "# What a server is worth\n",
+        "The value of a plan is the sum of priority x quality of its servers. The planner takes the one worth most.",
+        "Quality is the product of the factors below: one for each of the owner's lists, one for where a server runs.",
+        "What an owner gives up first costs least: the whole list of quants less than one step of context, both less",
+        "than one step of the KV type, the three less than one step of slots, the four less than leaving the GPU.\n",
+        "| list | " + " | ".join(f"{number}." for number in range(1, longest + 1)) + " |",
+        "| --- |" + " ---: |" * longest,
+    ]
+    lines += [
+        f"| `{name}` | " + " | ".join(f"{factor:.3f}" for factor in row) + " |" for name, row in table.STEPS.items()
+    ]
+    lines += [
+        f"\nEach further position of a list counts {table.AFTER_LAST} times the one before.\n",
+        "| where it runs | quality |",
+        "| --- | --- |",
+    ]
+    words = {
+        "one_gpu": "one GPU",
+        "split": "split over GPUs of one node",
+        "experts_on_cpu": "GPU, experts on the processor (few to all)",
+        "layers_on_cpu": "GPU, whole layers on the processor (few to most)",
+        "cpu": "processor alone",
+    }
+    for name, (least, most) in table.FITS.items():
+        factor = f"{least:.3f}" if least == most else f"{least:.3f} to {most:.3f}"
+        lines.append(f"| {words[name]} | {factor} |")
+    lines.append(f"| takes turns with others | {table.TURNS:.3f} x that of where it is when awake |")
+    return "\n".join(lines) + "\n"
+
+
+PAGES = {
+    "declaration.md": reference,
+    "declaration.schema.json": json_schema,
+    "images.md": images,
+    "quality.md": quality,
+}
 
 
 def main() -> int:

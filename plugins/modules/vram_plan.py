@@ -14,17 +14,19 @@ author: homelab.inference contributors (!UNKNOWN)
 description:
   - Places models on the GPUs and processors of the nodes and says with which llama-server options each one runs. It
     computes, touches no host and changes nothing.
-  - Models are placed in the given order, each where it is pinned, else on the first node with room. On one GPU if it
-    fits there, else split over the GPUs of the node, else on the processor.
-  - What the previous plan had keeps its node, name and port as long as that fits.
-  - Memory is estimated from the header of the file, rather too high than too low.
+  - Of all plans that keep what the owner promises it takes the one that is worth most. The value of a plan is the sum
+    of priority times quality of its servers; C(docs/quality.md) has the table.
+  - What the previous plan had keeps its node, devices, name and port, unless a move is worth it.
+  - What does not fit is refused by name, with the numbers and with a change that was found to help.
 options:
   models:
     description: The registry in normal form, as M(homelab.inference.lab) returns it.
     type: dict
     required: true
   resolved:
-    description: Per model its C(files) (name, size in bytes, sha256) and the C(shape) that the header tells.
+    description:
+      - Per model its C(files) (name, size in bytes, sha256) and the C(shape) that the header tells.
+      - C(variants) is a list of the same for each quant that may run, in order of preference.
     type: dict
     required: true
   unresolved:
@@ -34,6 +36,7 @@ options:
   nodes:
     description:
       - Per inference node its C(devices), C(memory_mib), C(presence), C(library), C(ports) and C(reservations).
+      - A device may have C(used_mib), what others hold of it now, and a node C(memory_used_mib) and C(limit_mib).
       - Sizes are in MiB.
     type: dict
     required: true
@@ -42,6 +45,17 @@ options:
     type: list
     elements: dict
     default: []
+  previous_nodes:
+    description:
+      - The nodes that the plan in force was made from, as this module returned them.
+      - A measured figure that differs from them by no more than 2 % of the size counts as unchanged.
+    type: dict
+    default: {}
+  recovery:
+    description:
+      - Refuse nothing. What is worth less by its priority makes way, and RV(waiting) says what waits for what.
+    type: bool
+    default: false
 extends_documentation_fragment:
   - homelab.inference.attributes
   - homelab.inference.attributes.info
@@ -68,7 +82,7 @@ EXAMPLES = r"""
 
 RETURN = r"""
 instances:
-  description: The planned servers, in start order per node.
+  description: The planned servers, in the order of the registry, which is the start order on each node.
   type: list
   elements: dict
   returned: success
@@ -81,12 +95,47 @@ instances:
       devices: [gpu0]
       port: 8080
       server_options: {ctx-size: 16384, parallel: 2, n-gpu-layers: all, cache-type-k: f16, cache-type-v: f16}
-      memory: {gpu0: 9120}
+      memory: {gpu0: 9120, host: 180}
       library: {library: /srv/models, path: chat.gguf}
+      quant: Q4_K_M
+      variant: 0
+      start: 1
+      stop_first: []
+      fit: one_gpu
+      quality: 1.0
+      turns: []
 refused:
-  description: Models that have no place, each with the reason and what would help.
+  description:
+    - Models that have no place, or not as many as they want. Each with the reason, the device, what is needed there and
+      what there is in MiB, and the cheapest change that helps, which was tried by planning with it.
   type: list
   elements: dict
+  returned: success
+waiting:
+  description: With O(recovery=true) the models without a place, and what each waits for.
+  type: list
+  elements: dict
+  returned: success
+devices:
+  description: Per node and device (or C(host), its main memory) the size, who holds what, and what is left, in MiB.
+  type: dict
+  returned: success
+survival:
+  description: Per node, and per card where a node has several, which models go on answering without it.
+  type: list
+  elements: dict
+  returned: success
+order:
+  description: Per node the names of its servers in start order.
+  type: dict
+  returned: success
+value:
+  description: Sum of priority times quality of all planned servers.
+  type: float
+  returned: success
+nodes:
+  description: The nodes as they were planned with, hardly changed figures being those of O(previous_nodes).
+  type: dict
   returned: success
 """
 
@@ -103,13 +152,23 @@ def main() -> None:
             "unresolved": {"type": "dict", "default": {}},
             "nodes": {"type": "dict", "required": True},
             "previous": {"type": "list", "elements": "dict", "default": []},
+            "previous_nodes": {"type": "dict", "default": {}},
+            "recovery": {"type": "bool", "default": False},
         },
         supports_check_mode=True,
     )
     words = module.params
     module.exit_json(
         changed=False,
-        **plan(words["models"], words["resolved"], words["nodes"], words["previous"], words["unresolved"]),
+        **plan(
+            words["models"],
+            words["resolved"],
+            words["nodes"],
+            words["previous"],
+            unresolved=words["unresolved"],
+            recovery=words["recovery"],
+            previous_nodes=words["previous_nodes"],
+        ),
     )
 
 
