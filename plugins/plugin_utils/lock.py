@@ -45,10 +45,35 @@ class _Dumper(yaml.SafeDumper):
         return super().increase_indent(flow, False)
 
 
+class _Line(dict):  # type: ignore[type-arg]
+    """A mapping that is written on one line."""
+
+
+def _numbers(dumper: _Dumper, value: list[Any]) -> yaml.Node:
+    """Write numbers, of which a shape has one per layer, on as few lines as there is room for."""
+    flow = bool(value) and all(isinstance(item, (int, float)) for item in value)
+    return dumper.represent_sequence("tag:yaml.org,2002:seq", value, flow_style=flow)
+
+
+_Dumper.add_representer(list, _numbers)
+_Dumper.add_representer(
+    _Line, lambda dumper, value: dumper.represent_mapping("tag:yaml.org,2002:map", value.items(), flow_style=True)
+)
+
+
 def render(lock: dict[str, Any]) -> str:
     """Return the lock as text: the same lock gives the same bytes."""
+    instances = [
+        {**one, "parts": [_Line(part) for part in one["parts"]]} if "parts" in one else one
+        for one in lock.get("instances", [])
+    ]
     return HEADER + yaml.dump(
-        lock, Dumper=_Dumper, sort_keys=False, width=120, allow_unicode=True, default_flow_style=False
+        {**lock, "instances": instances} if "instances" in lock else lock,
+        Dumper=_Dumper,
+        sort_keys=False,
+        width=120,
+        allow_unicode=True,
+        default_flow_style=False,
     )
 
 
