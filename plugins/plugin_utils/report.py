@@ -12,7 +12,7 @@ from __future__ import annotations
 import textwrap
 import unicodedata
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 VERSION = 1
@@ -53,11 +53,15 @@ FITS = {
 
 @dataclass(frozen=True)
 class Server:
-    """What one server takes of one area, in MiB by kind; the sources say how each number is known."""
+    """What one server takes of one area, in MiB by kind; the sources say how each number is known.
+
+    Of servers that take turns the largest stands for all of them; the others are C(idle) in the picture.
+    """
 
     name: str
     kinds: dict[str, int]
     sources: dict[str, str] = field(default_factory=dict)
+    idle: bool = False
 
     @property
     def total(self) -> int:
@@ -81,12 +85,13 @@ class Area:
 
     @property
     def planned(self) -> int:
-        """What servers take."""
-        return sum(server.total for server in self.servers)
+        """What servers take at most at one time."""
+        return sum(server.total for server in self.servers if not server.idle)
 
     def segments(self) -> list[tuple[str, str, int]]:
         """Return C((server, kind, MiB)) from left to right, empty ones left out."""
-        found = [(server.name, kind, size) for server in self.servers for kind, size in server.kinds.items()]
+        active = [server for server in self.servers if not server.idle]
+        found = [(server.name, kind, size) for server in active for kind, size in server.kinds.items()]
         found += [("", "reserved", self.reserved), ("", "others", self.others), ("", "left", self.left)]
         return [segment for segment in found if segment[2] > 0]
 
@@ -118,6 +123,8 @@ def areas(plan: dict[str, Any]) -> list[Area]:
         told = (plan.get("devices") or {}).get(host, {})
         here = [instance for instance in plan["instances"] if instance["node"] == host]
         for device in node["devices"]:
+            if told and device["id"] not in told:
+                continue  # graphics built into the processor, beside a card: no model is placed there
             size, used = device.get("cap_mib") or device["memory_mib"], device.get("used_mib") or 0
             found.append(_area(host, device["id"], device["name"], (size, used), node, here, told))
         memory = (node["memory_mib"], node.get("memory_used_mib") or 0)
@@ -138,8 +145,11 @@ def _area(
 ) -> Area:
     numbers = told.get(where, {})
     size = numbers.get("size_mib", known[0])
-    servers = [_server(instance, where) for instance in instances if instance["memory"].get(where)]
-    planned = sum(server.total for server in servers)
+    # What lies on a device with unified memory lies in main memory.
+    unified = [device["id"] for device in node["devices"] if device.get("memory_kind") == "unified"]
+    wheres = [HOST, *unified] if where == HOST else [where]
+    servers = _idle([_server(instance, wheres) for instance in instances if _takes(instance, wheres)], instances)
+    planned = sum(server.total for server in servers if not server.idle)
     reserved = numbers.get("reserved_mib", (node.get("reservations") or {}).get(where, 0))
     others = numbers.get("others_mib", known[1])
     left = size - planned - reserved - others
@@ -149,18 +159,36 @@ def _area(
     return Area(host, where, name, size, reserved, others, servers, max(left, 0), max(-left, 0))
 
 
-def _server(instance: dict[str, Any], where: str) -> Server:
-    total = instance["memory"][where]
+def _takes(instance: dict[str, Any], wheres: list[str]) -> int:
+    return sum(instance["memory"].get(where, 0) for where in wheres)
+
+
+def _idle(servers: list[Server], instances: list[dict[str, Any]]) -> list[Server]:
+    """Return the servers, those marked that wait for their turn while the largest of their group runs."""
+    sizes = {server.name: server.total for server in servers}
+    groups = {instance["name"]: [instance["name"], *(instance.get("turns") or [])] for instance in instances}
+
+    def first(name: str) -> str:
+        return max(sorted(groups[name]), key=lambda other: sizes.get(other, 0))
+
+    return [server if first(server.name) == server.name else replace(server, idle=True) for server in servers]
+
+
+def _server(instance: dict[str, Any], wheres: list[str]) -> Server:
     shares: dict[str, float] = dict.fromkeys(SERVER_KINDS, 0)
     sources: dict[str, set[str]] = {}
     for part in instance.get("parts") or []:
-        if part["where"] == where and part["bytes"]:
+        if part["where"] in wheres and part["bytes"]:
             kind = FOLDED.get(part["kind"], "other")
             shares[kind] += part["bytes"]
             sources.setdefault(kind, set()).add(part.get("source", "computed"))
     if not any(shares.values()):
         shares["other"] = 1
-    return Server(instance["name"], spread(total, shares), {kind: _source(known) for kind, known in sources.items()})
+    return Server(
+        instance["name"],
+        spread(_takes(instance, wheres), shares),
+        {kind: _source(known) for kind, known in sources.items()},
+    )
 
 
 def _source(known: set[str]) -> str:
@@ -208,7 +236,7 @@ def how(instance: dict[str, Any]) -> str:
     if instance.get("fit") == "layers_on_cpu":
         told = f"{options['n-gpu-layers']} layers on the card, the others on the processor"
     if instance.get("turns"):
-        told = f"{told or FITS['turns']} with {', '.join(instance['turns'])}".replace("takes turns, ", "")
+        told = f"{FITS['turns']} with {', '.join(instance['turns'])}"
     return told
 
 
@@ -280,7 +308,7 @@ def _memory(plan: dict[str, Any], width: int) -> str:
         lines = wrapped(lines[0], width, "", " " * 15)
     for area in found:
         lines += ["", f"{clean(area.node)} {clean(area.where)} ({clean(area.name)})"[:width], bar(area, width)]
-        lines += _takes(area, width)
+        lines += _per_server(area, width)
         rest = [f"{NAMES['reserved']} {area.reserved}"] if area.reserved else []
         rest += [f"{NAMES['others']} {area.others}"] if area.others else []
         text = f"{area.left} of {area.size} left" + (f", {', '.join(rest)}" if rest else "")
@@ -290,15 +318,15 @@ def _memory(plan: dict[str, Any], width: int) -> str:
     return "\n".join([*lines, *_sources(found, width)])
 
 
-def _takes(area: Area, width: int) -> list[str]:
+def _per_server(area: Area, width: int) -> list[str]:
     """Say what each server takes of an area, kind by kind where that is known."""
     kinds = [kind for kind in SERVER_KINDS if any(server.kinds[kind] for server in area.servers)]
     if kinds == ["other"]:
-        rows = [(clean(server.name), str(server.total)) for server in area.servers]
+        rows = [(_named(server), str(server.total)) for server in area.servers]
     else:
         rows = [
             (
-                clean(server.name),
+                _named(server),
                 str(server.total),
                 *(cell for kind in kinds for cell in (NAMES[kind], str(server.kinds[kind]))),
             )
@@ -312,8 +340,12 @@ def _takes(area: Area, width: int) -> list[str]:
     lines = []
     for server in area.servers:
         told = ", ".join(f"{NAMES[kind]} {server.kinds[kind]}" for kind in kinds)
-        lines += wrapped(f"{clean(server.name)} {server.total}: {told}", width, "  ", "    ")
+        lines += wrapped(f"{_named(server)} {server.total}: {told}", width, "  ", "    ")
     return lines
+
+
+def _named(server: Server) -> str:
+    return f"{clean(server.name)}{' (in turn)' if server.idle else ''}"
 
 
 def _sources(found: list[Area], width: int) -> list[str]:
@@ -378,18 +410,20 @@ def _refused(plan: dict[str, Any], width: int) -> str:
     return "\n".join(lines)
 
 
+def starts(plan: dict[str, Any]) -> list[str]:
+    """Say in which order servers start on each node, and whom one of them has to wait for."""
+    before = {instance["name"]: instance.get("stop_first") or [] for instance in plan["instances"]}
+    found = []
+    for host, names in (plan.get("order") or {}).items():
+        told = [f"{name} (once {' and '.join(before[name])} stopped)" if before.get(name) else name for name in names]
+        if told:
+            found.append(f"{host}: {', '.join(told)}")
+    return found
+
+
 def _order(plan: dict[str, Any], width: int) -> str:
-    sentences = [f"{host}: {', '.join(names)}" for host, names in (plan.get("order") or {}).items() if names]
-    first = stop_first(plan)
-    if first:
-        sentences.append(f"stopped before their successors start, since both do not fit: {', '.join(first)}")
+    sentences = starts(plan)
     return _listed("START ORDER", sentences, width) if sentences else ""
-
-
-def stop_first(plan: dict[str, Any]) -> list[str]:
-    """Return the servers that have to stop before what takes their place starts."""
-    found = plan.get("stop_first") or []
-    return [name for names in found.values() for name in names] if isinstance(found, dict) else list(found)
 
 
 def _survival(plan: dict[str, Any], width: int) -> str:
@@ -487,6 +521,7 @@ def document(plan: dict[str, Any], before: dict[str, Any] | None = None) -> dict
                     {
                         "server": server.name,
                         "total_mib": server.total,
+                        "in_turn": server.idle,
                         **{f"{kind}_mib": size for kind, size in server.kinds.items()},
                         "sources": server.sources,
                     }
@@ -509,6 +544,7 @@ def document(plan: dict[str, Any], before: dict[str, Any] | None = None) -> dict
                 "slots": slots(instance),
                 "fit": instance.get("fit"),
                 "turns": instance.get("turns") or [],
+                "stop_first": instance.get("stop_first") or [],
                 "quality": instance.get("quality"),
                 "memory_mib": instance["memory"],
                 "parts": instance.get("parts") or [],
@@ -518,7 +554,6 @@ def document(plan: dict[str, Any], before: dict[str, Any] | None = None) -> dict
         ],
         "refused": plan["refused"],
         "order": plan.get("order") or {},
-        "stop_first": stop_first(plan),
         "survival": plan.get("survival") or [],
         "value": plan.get("value"),
         "moves": moves(before, plan) if before is not None else [],

@@ -113,9 +113,7 @@ def page(plan: dict[str, Any], before: dict[str, Any] | None = None) -> str:
         element("h2", "Memory"),
         _legend(found),
         *(_area(area, number) for number, area in enumerate(found)),
-        _listed(
-            "Start order", [f"{host}: {', '.join(names)}" for host, names in (plan.get("order") or {}).items() if names]
-        ),
+        _listed("Start order", report.starts(plan)),
         _listed("What survives", [entry["sentence"] for entry in plan.get("survival") or []]),
         _listed("Against the plan in force", _moves(before, plan)),
     ]
@@ -193,7 +191,8 @@ def _area(area: report.Area, number: int) -> Markup:
 
 def sentence(area: report.Area) -> str:
     """Return in words what a picture shows."""
-    told = [f"{server.name} takes {server.total}" for server in area.servers] or ["no server"]
+    active = [server for server in area.servers if not server.idle]
+    told = [f"{server.name} takes {server.total}" for server in active] or ["no server"]
     told += [f"{area.reserved} reserved"] if area.reserved else []
     told += [f"{area.others} foreign"] if area.others else []
     told.append(f"{area.left} left" + (f", {area.over} more than there is" if area.over else ""))
@@ -219,9 +218,10 @@ def _picture(area: report.Area, number: int) -> Markup:
         drawn.append(element("g", element("title", label), *shapes))
         at += size
     at = 0
-    for name, size in [*((server.name, server.total) for server in area.servers)]:
-        drawn.append(_span(name, f"{size} MiB", share(at), share(size)))
-        at += size
+    for server in area.servers:
+        if not server.idle:
+            drawn.append(_span(server.name, f"{server.total} MiB", share(at), share(server.total)))
+            at += server.total
     rest = area.reserved + area.others
     if share(area.left) * CHARACTERS / 100 >= len(f"{area.left} left"):
         drawn.append(
@@ -277,7 +277,8 @@ def _numbers(area: report.Area) -> Markup:
     rows = []
     for server in area.servers:
         cells = [_sized(server.kinds[kind], server.sources.get(kind)) for kind in kinds] if told else []
-        rows.append(element("tr", element("th", server.name, scope="row"), *cells, _sized(server.total, None)))
+        name = f"{server.name} (in turn)" if server.idle else server.name
+        rows.append(element("tr", element("th", name, scope="row"), *cells, _sized(server.total, None)))
     blank = [element("td", "") for _kind in kinds] if told else []
     rest = [("reserved", area.reserved), ("foreign", area.others), ("left", area.left), ("too much", -area.over)]
     for name, size in rest:

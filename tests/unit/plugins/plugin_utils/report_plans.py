@@ -90,6 +90,19 @@ def everything() -> dict[str, Any]:
             fit="one_gpu",
             start=1,
             turns=["llama-3.3-70b"],
+            stop_first=["qwen3-coder-30b"],
+        ),
+        instance(
+            "llama-3.3-70b",
+            "mac",
+            ["gpu0"],
+            [part("gpu0", "weights", 40550), part("gpu0", "kv", 10240), part("gpu0", "compute", 700)],
+            quant="Q4_K_M",
+            backend="metal",
+            port=8081,
+            fit="turns",
+            start=2,
+            turns=["gpt-oss-120b"],
         ),
         instance(
             "nomic-embed-2",
@@ -195,9 +208,8 @@ def everything() -> dict[str, Any]:
         ],
         "order": {
             "forge": ["qwen3-coder-30b", "nomic-embed"],
-            "mac": ["gpt-oss-120b"],
+            "mac": ["gpt-oss-120b", "llama-3.3-70b"],
             "nuc": ["nomic-embed-2"],
         },
-        "stop_first": ["qwen3-coder-30b"],
         "value": 131.5,
     }

@@ -27,8 +27,10 @@ SERVER           NODE   WHERE  PORT  QUANT   CONTEXT  SLOTS  KV     MiB
 qwen3-coder-30b  forge  gpu0   8080  Q4_K_M    32768      2  f16  21660
 nomic-embed      forge  gpu1   8081  F16        8192      1  f16    583
 gpt-oss-120b     mac    gpu0   8080  MXFP4     32768      2  f16  63316
+llama-3.3-70b    mac    gpu0   8081  Q4_K_M    32768      2  f16  51490
 nomic-embed-2    nuc    cpu    8080  F16        8192      1  f16    679
   gpt-oss-120b: takes turns with llama-3.3-70b
+  llama-3.3-70b: takes turns with gpt-oss-120b
 
 MEMORY in MiB  █ weights  ▓ KV  ▒ compute  ░ other  / reserved  x foreign  · left
 
@@ -75,7 +77,8 @@ def test_the_table_is_as_reviewed() -> None:
     assert text.startswith(GOLDEN)
     assert "NOT PLANNED llama-4-maverick: it needs 223104 MiB, and gpu0 of mac has 26796 MiB free\n" in text
     assert "  It would fit with this: set lab_models.llama-4-maverick.source.quant to IQ1_S.\n" in text
-    assert "START ORDER\n  forge: qwen3-coder-30b, nomic-embed\n  mac: gpt-oss-120b\n" in text
+    assert "START ORDER\n  forge: qwen3-coder-30b, nomic-embed\n" in text
+    assert "  mac: gpt-oss-120b (once qwen3-coder-30b stopped), llama-3.3-70b\n" in text
     assert "  Without forge: gpt-oss-120b and nomic-embed go on, qwen3-coder-30b is gone." in text
     assert "Upper bounds, not exact: qwen3-coder-30b (compute)" in text
     assert "AGAINST THE PLAN IN FORCE" not in text
@@ -105,11 +108,24 @@ def test_a_narrow_terminal_loses_no_number() -> None:
 def test_the_numbers_of_every_device_add_up(plan: dict[str, Any]) -> None:
     found = report.areas(plan)
     assert [(area.node, area.where) for area in found][:2] == [("forge", "gpu0"), ("forge", "gpu1")]
+    main = next(area for area in found if (area.node, area.where) == ("mac", "host"))
     for area in found:
         assert sum(size for _server, _kind, size in area.segments()) == area.size + area.over
         for server in area.servers:
             instance = next(one for one in plan["instances"] if one["name"] == server.name)
-            assert server.total == instance["memory"][area.where]
+            own = instance["memory"].get(area.where, 0)
+            assert server.total == own + (instance["memory"].get("gpu0", 0) if area == main else 0)
+
+
+def test_servers_that_take_turns_share_their_memory() -> None:
+    plan = report_plans.everything()
+    (card,) = [area for area in report.areas(plan) if (area.node, area.where) == ("mac", "gpu0")]
+    assert [(server.name, server.total, server.idle) for server in card.servers] == [
+        ("gpt-oss-120b", 63316, False),
+        ("llama-3.3-70b", 51490, True),
+    ]
+    assert (card.planned, card.left) == (63316, 26284)
+    assert "  llama-3.3-70b (in turn)  51490  weights" in report.table(plan, width=100)
 
 
 @given(st.integers(0, 10**6), st.dictionaries(st.text(), st.floats(0, 1e12), min_size=1, max_size=6))
@@ -162,10 +178,10 @@ def test_what_moves_is_said_in_one_sentence_each() -> None:
     after = report_plans.everything()
     before = copy.deepcopy(after)
     before["refused"] = []
-    first, second, _third, _fourth = before["instances"]
+    first, second, gpt, llama, _nomic = before["instances"]
     first.update(node="mac", quant="Q6_K")
     second["server_options"]["ctx-size"] = 4096
-    before["instances"] = [first, second, {**before["instances"][2], "name": "gpt-oss-20b"}]
+    before["instances"] = [first, second, {**gpt, "name": "gpt-oss-20b"}, llama]
     assert [(move["kind"], move["sentence"]) for move in report.moves(before, after)] == [
         (
             "refused",
@@ -192,7 +208,8 @@ def test_files_that_change_under_the_same_name_are_a_change() -> None:
 def test_the_document_is_json_and_holds_every_number() -> None:
     plan = report_plans.everything()
     told = json.loads(json.dumps(report.document(plan, plan)))
-    assert told["moves"] == [] and told["value"] == 131.5 and told["stop_first"] == ["qwen3-coder-30b"]
+    assert told["moves"] == [] and told["value"] == 131.5
+    assert told["servers"][2]["stop_first"] == ["qwen3-coder-30b"]
     assert [one["server"] for one in told["servers"]] == [one["name"] for one in plan["instances"]]
     for device in told["devices"]:
         parts = device["planned_mib"] + device["reserved_mib"] + device["others_mib"] + device["left_mib"]
