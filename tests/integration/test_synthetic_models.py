@@ -18,9 +18,7 @@ def test_the_server_takes_every_model(tmp_path: Path) -> None:
     for name, model in synthetic.MODELS.items():
         path = synthetic.model(name, model.quants[0], tmp_path)
         mode = "embedding" if "pooling_type" in model.values else "chat"
-        cases.append(
-            Case(path, {"ctx-size": 2048, "parallel": 1, "n-gpu-layers": "all", "batch-size": 2048}, 1, mode)
-        )
+        cases.append(Case(path, {"ctx-size": 2048, "parallel": 1, "n-gpu-layers": "all", "batch-size": 2048}, 1, mode))
     with Oracle(tmp_path) as oracle:
         answers = oracle.ask_all(cases)
     refused = [str(answer) for answer in answers if isinstance(answer, OracleError)]

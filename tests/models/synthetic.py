@@ -41,6 +41,7 @@ QUANTS = {
     "Q4_K_M": (F.MOSTLY_Q4_K_M, T.Q4_K),
     "Q4_K_S": (F.MOSTLY_Q4_K_S, T.Q4_K),
     "Q4_0": (F.MOSTLY_Q4_0, T.Q4_0),
+    "Q4_1": (F.MOSTLY_Q4_1, T.Q4_1),
     "IQ4_XS": (F.MOSTLY_IQ4_XS, T.IQ4_XS),
     "Q3_K_M": (F.MOSTLY_Q3_K_M, T.Q3_K),
     "IQ3_M": (F.MOSTLY_IQ3_M, T.IQ3_S),
@@ -322,6 +323,42 @@ def nomic_bert(model: Model) -> Tensors:
         yield from norm(f"{block}.attn_output_norm")
         yield from _feed_forward(model, block)
         yield from norm(f"{block}.layer_output_norm")
+
+
+def vision(model: Model) -> Tensors:
+    """A vision tower and what leads from it into the model's width."""
+    width, length, patch = (model[f"vision.{key}"] for key in ("embedding_length", "feed_forward_length", "patch_size"))
+    out, gated = model["vision.projection_dim"], "gated" in model.extra
+
+    def pair(stem: str, *shape: int) -> Tensors:
+        yield f"{stem}.weight", shape
+        yield f"{stem}.bias", (shape[-1],)
+
+    yield "v.patch_embd.weight", (patch, patch, 3, width)
+    if gated:
+        yield "v.patch_embd.weight.1", (patch, patch, 3, width)
+    else:
+        yield "v.patch_embd.bias", (width,)
+        yield "v.position_embd.weight", (width, (model["vision.image_size"] // patch) ** 2)
+    for layer in range(model["vision.block_count"]):
+        block = f"v.blk.{layer}"
+        for part in ("attn_q", "attn_k", "attn_v", "attn_out"):
+            yield from pair(f"{block}.{part}", width, width)
+        yield from pair(f"{block}.ffn_up", width, length)
+        if gated:
+            yield from pair(f"{block}.ffn_gate", width, length)
+        yield from pair(f"{block}.ffn_down", length, width)
+        for norm in ("ln1", "ln2"):
+            yield from ((f"{block}.{norm}.weight", (width,)),) if gated else pair(f"{block}.{norm}", width)
+    if gated:
+        merged = width * model["vision.spatial_merge_size"] ** 2
+        yield "v.post_ln.weight", (width,)
+        yield from pair("mm.0", merged, merged)
+        yield from pair("mm.2", merged, out)
+    else:
+        yield from pair("v.post_ln", width)
+        yield "mm.input_projection.weight", (out, width)
+        yield "mm.soft_emb_norm.weight", (width,)
 
 
 def _values(
@@ -700,6 +737,65 @@ MODELS: dict[str, Model] = {
     ),
 }
 
+# Projectors; they go beside a model and are none.
+PROJECTORS: dict[str, Model] = {
+    "mmproj-qwen2.5-vl-7b": Model(
+        f"{HUB}/Qwen/Qwen2.5-VL-7B-Instruct/blob/main/config.json",
+        "clip",
+        "7B",
+        ("F16", "Q8_0"),
+        0,
+        {
+            "projector_type": "qwen2.5vl_merger",
+            "has_vision_encoder": True,
+            "use_silu": True,
+            "vision.image_size": 560,
+            "vision.patch_size": 14,
+            "vision.embedding_length": 1280,
+            "vision.feed_forward_length": 3420,
+            "vision.block_count": 32,
+            "vision.attention.head_count": 16,
+            "vision.attention.layer_norm_epsilon": 1e-6,
+            "vision.projection_dim": 3584,
+            "vision.n_wa_pattern": 8,
+            "vision.spatial_merge_size": 2,
+            "vision.image_mean": [0.48145466, 0.4578275, 0.40821073],
+            "vision.image_std": [0.26862954, 0.26130258, 0.27577711],
+        },
+        vision,
+        extra=("gated",),
+    ),
+    "mmproj-gemma-3-12b": Model(
+        f"{HUB}/google/gemma-3-12b-it/blob/main/config.json",
+        "clip",
+        "12B",
+        ("F16", "Q8_0"),
+        0,
+        {
+            "projector_type": "gemma3",
+            "has_vision_encoder": True,
+            "use_gelu": True,
+            "vision.image_size": 896,
+            "vision.patch_size": 14,
+            "vision.embedding_length": 1152,
+            "vision.feed_forward_length": 4304,
+            "vision.block_count": 27,
+            "vision.attention.head_count": 16,
+            "vision.attention.layer_norm_epsilon": 1e-6,
+            "vision.projection_dim": 3840,
+            "vision.image_mean": [0.5, 0.5, 0.5],
+            "vision.image_std": [0.5, 0.5, 0.5],
+        },
+        vision,
+    ),
+}
+PROJECTORS["mmproj-gemma-3-27b"] = replace(
+    PROJECTORS["mmproj-gemma-3-12b"],
+    source=f"{HUB}/google/gemma-3-27b-it/blob/main/config.json",
+    label="27B",
+    values=PROJECTORS["mmproj-gemma-3-12b"].values | {"vision.projection_dim": 5376},
+)
+
 
 class Quantiser:
     """Gives each tensor its type by the rules of llama-quantize; those for 8 experts and for Falcon are left out."""
@@ -717,7 +813,7 @@ class Quantiser:
 
     def type(self, name: str, shape: tuple[int, ...]) -> T:
         """The type of a tensor; to be asked in the order of the file."""
-        kept = ("_norm.weight", "ffn_gate_inp.weight", "ssm_conv1d", "token_types", "position_embd")
+        kept = ("_norm.weight", "ffn_gate_inp.weight", "ssm_conv1d", "token_types", "position_embd", "patch_embd")
         if len(shape) < 2 or not name.endswith("weight") or any(part in name for part in kept):
             return T.F32
         if self.base in (T.F16, T.BF16):
@@ -789,9 +885,9 @@ class Quantiser:
 
 
 def _writer(name: str, quant: str, vocabulary: bool, split: int = 0) -> gguf.GGUFWriter:
-    model = MODELS[name]
+    model = MODELS.get(name) or PROJECTORS[name]
     writer = gguf.GGUFWriter(None, model.architecture, split_max_size=split)
-    writer.add_type("model")
+    writer.add_type("mmproj" if name in PROJECTORS else "model")
     writer.add_name(f"synthetic {name}")
     writer.add_description("The shape of a published model without its weights, for tests")
     writer.add_size_label(model.label)
@@ -799,8 +895,9 @@ def _writer(name: str, quant: str, vocabulary: bool, split: int = 0) -> gguf.GGU
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     for key, value in model.values.items():
         _add(writer, f"{model.architecture}.{key}", value)
-    writer.add_vocab_size(model.vocabulary)
-    _add_tokens(writer, model, vocabulary)
+    if model.vocabulary:
+        writer.add_vocab_size(model.vocabulary)
+        _add_tokens(writer, model, vocabulary)
     tensors = list(model.tensors(model))
     quantiser = Quantiser(model, quant, [tensor for tensor, _shape in tensors])
     for tensor, shape in tensors:
@@ -820,6 +917,8 @@ def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
         writer.add_array(key, value)
     elif isinstance(value, bool):
         writer.add_bool(key, value)
+    elif isinstance(value, str):
+        writer.add_string(key, value)
     elif isinstance(value, float):
         writer.add_float32(key, value)
     else:
@@ -902,12 +1001,12 @@ def shape(name: str, quant: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Write the named models, or all, each in the named quantisation or its first one."""
+    """Write the named models and projectors, or all, each in the named quantisation or its first one."""
     directory = Path(sys.argv[1])
     directory.mkdir(parents=True, exist_ok=True)
-    for word in sys.argv[2:] or MODELS:
+    for word in sys.argv[2:] or [*MODELS, *PROJECTORS]:
         name, _colon, quant = word.partition(":")
-        path = model(name, quant or MODELS[name].quants[0], directory)
+        path = model(name, quant or (MODELS.get(name) or PROJECTORS[name]).quants[0], directory)
         print(
             f"{path}  {path.stat().st_size / 1e9:.2f} GB, {path.stat().st_blocks * 512 >> 20} MiB on disk", flush=True
         )

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from ansible_collections.homelab.inference.plugins.module_utils import gguf
+
 from tests.models import synthetic
 
 # Sizes of the published files in GB, as their repositories show them (bartowski, unsloth, ggml-org, nomic-ai).
@@ -36,6 +37,8 @@ PUBLISHED = {
     ("mistral-small-24b", "Q4_K_M"): 14.33,
     ("phi-4", "Q4_K_M"): 9.05,
     ("nomic-embed-text-v1.5", "F16"): 0.274,
+    ("mmproj-qwen2.5-vl-7b", "F16"): 1.354,
+    ("mmproj-gemma-3-12b", "F16"): 0.854,
 }
 
 
