@@ -59,7 +59,7 @@ class ActionModule(ActionBase):
                 warnings += [self.missing(host, device, found["problems"]) for device in missing]
             if found:
                 ours = views.planned_memory(known["instances"] if known else [], host, self.running(hostvars, host))
-                facts[host] = drift.share(found, before.get(host, {}), ours, [device["id"] for device in missing])
+                facts[host] = drift.without_ours(found, ours, [device["id"] for device in missing])
         result.update(
             changed=False,
             warnings=[*result.get("warnings", []), *warnings],

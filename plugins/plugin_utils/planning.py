@@ -137,7 +137,7 @@ def make_lock(
         for file in variant["files"]
     }
     nodes = {}
-    for host, node in lab["nodes"].items():
+    for host, node in plan["nodes"].items():
         # Of a library only what the plan looked at: an index of hundreds of files would change the lock with every
         # download.
         library = [
@@ -156,4 +156,5 @@ def make_lock(
         "models": resolved,
         "instances": plan["instances"],
         "refused": plan["refused"],
+        **{key: plan[key] for key in ("order", "devices", "survival", "value")},
     }

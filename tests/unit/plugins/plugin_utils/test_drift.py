@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ansible_collections.homelab.inference.plugins.plugin_utils.drift import bind, share
+from ansible_collections.homelab.inference.plugins.plugin_utils.drift import bind, without_ours
 
 
 def gpu(name: str, uuid: str | None = None, pci: str | None = None, mib: int = 1000) -> dict[str, Any]:
@@ -37,18 +37,11 @@ def test_a_new_card_takes_the_next_free_id() -> None:
     assert missing == []
 
 
-def test_what_is_ours_and_what_trembles_is_not_held_by_others() -> None:
-    facts = {"devices": [{**gpu("gpu0", "A", mib=10000), "used_mib": 5100}], "memory_mib": 64000}
-    facts["memory_used_mib"] = 9000
-    before = {"devices": [{**gpu("gpu0", "A", mib=10000), "used_mib": 0}], "memory_used_mib": 3000}
-    seen = share(facts, before, {"gpu0": 5000, "host": 5000})
-    assert (seen["devices"][0]["used_mib"], seen["memory_used_mib"]) == (0, 3000)
-    assert share(seen, {}, {})["devices"][0]["used_mib"] == 0
-
-
-def test_a_program_that_came_onto_a_card_counts() -> None:
-    facts = {"devices": [{**gpu("gpu0", "A", mib=10000), "used_mib": 8000}], "memory_mib": 1, "memory_used_mib": None}
-    before = {"devices": [{**gpu("gpu0", "A", mib=10000), "used_mib": 100}]}
-    assert share(facts, before, {"gpu0": 5000})["devices"][0]["used_mib"] == 3000
-    # A card that did not answer keeps what the lock says of it.
-    assert share(facts, before, {"gpu0": 5000}, ["gpu0"])["devices"][0]["used_mib"] == 8000
+def test_what_is_ours_is_not_held_by_others() -> None:
+    facts = {"devices": [{**gpu("gpu0", "A"), "used_mib": 8000}], "memory_mib": 64000, "memory_used_mib": 9000}
+    seen = without_ours(facts, {"gpu0": 5000, "host": 10000})
+    assert (seen["devices"][0]["used_mib"], seen["memory_used_mib"]) == (3000, 0)
+    # A card that did not answer keeps what the lock says of it, and one that does not tell says nothing.
+    assert without_ours(facts, {"gpu0": 5000}, ["gpu0"])["devices"][0]["used_mib"] == 8000
+    silent = {"devices": [gpu("gpu0", "A")], "memory_used_mib": None}
+    assert without_ours(silent, {"gpu0": 1})["devices"][0]["used_mib"] is None
