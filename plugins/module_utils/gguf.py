@@ -25,6 +25,7 @@ MAX_STRINGS = 2_000_000  # in all string arrays together
 MAX_NAME = 1024  # bytes of a key or of a tensor's name
 MAX_KEPT = 4096  # bytes; longer values (chat templates, token lists) are counted and passed over
 MAX_BLOCKS = 4096
+MAX_NUMBER = 1 << 40  # of the architecture's own numbers; those of layers are limited by MAX_BLOCKS
 MAX_SHARDS = 1024
 FIRST_CHUNK, LAST_CHUNK = 64 << 10, 4 << 20
 
@@ -122,6 +123,7 @@ BLOCK = re.compile(r"^(?:enc\.|dec\.)?blk\.(\d{1,9})\.")
 EXPERT = re.compile(r"\.ffn_(?:up|down|gate|gate_up)_(?:ch)?exps\b")
 FEED_FORWARD = re.compile(r"\.ffn_(?:up|down|gate)\.")
 INPUT = re.compile(r"^(?:token_embd|position_embd|token_types|per_layer_token_embd|masked_embd_\w+)\.")
+SIZES = re.compile(r"^attention\.|^ssm\.|(?:length|count|size|rank|layers)$")  # keys of what cannot be negative
 OUTPUT = re.compile(
     r"^(?:(?:enc\.|dec\.)?(?:output|cls)(?:_\w+)?|altup_\w+|dense_[23]|nextn\.post_projection"
     r"|fc|d2t|markov_w[12]|conf_proj|selector_\w+)\."
@@ -450,6 +452,7 @@ def shape(headers: list[Header]) -> dict[str, Any]:
         )
     architecture = first.text("general.architecture")
     prefix = f"{architecture}."
+    _check_numbers(first, prefix)
     head_count = _per_layer(first.value(prefix + "attention.head_count"))
     head_count_kv = _per_layer(first.value(prefix + "attention.head_count_kv"))
     embedding_length = first.whole(prefix + "embedding_length")
@@ -493,6 +496,22 @@ def shape(headers: list[Header]) -> dict[str, Any]:
         "repack_bytes": _repackable([header.repack_bytes for header in headers]),
         "hparams": _hparams(first, prefix),
     }
+
+
+def _check_numbers(header: Header, prefix: str) -> None:
+    """Planning counts in these numbers, so none may be beyond all models."""
+    for key in header.metadata:
+        if not key.startswith(prefix):
+            continue
+        value = header.value(key)
+        name = key[len(prefix) :]
+        most = MAX_BLOCKS if name in ("block_count", "nextn_predict_layers") else MAX_NUMBER
+        for number in value if isinstance(value, list) else [value]:
+            if not isinstance(number, int):
+                continue
+            # Elsewhere -1 stands for "none".
+            if not -most <= number <= most or (number < 0 and SIZES.search(name)):
+                raise GGUFError(f"its {key[:80]} is {number}, which no real model has. Fetch the file again")
 
 
 def is_projector(name: str, model: dict[str, Any]) -> bool:
