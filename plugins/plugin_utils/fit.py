@@ -17,7 +17,7 @@ from typing import Any
 
 from ansible_collections.homelab.inference.plugins.module_utils import placement
 from ansible_collections.homelab.inference.plugins.module_utils.planner import choices as ways
-from ansible_collections.homelab.inference.plugins.module_utils.planner.footprint import Footprints
+from ansible_collections.homelab.inference.plugins.module_utils.planner.footprint import Footprints, parts
 from ansible_collections.homelab.inference.plugins.module_utils.planner.room import Room, backend
 from ansible_collections.homelab.inference.plugins.plugin_utils import lab as lab_module
 from ansible_collections.homelab.inference.plugins.plugin_utils import planning, progress, report, what_if
@@ -28,6 +28,7 @@ from ansible_collections.homelab.inference.plugins.plugin_utils.schema import ne
 QUANTS = ("BF16", "F16", "Q8_0", "Q6_K", "Q5_K_M", "MXFP4", "Q4_K_M", "IQ4_XS", "Q3_K_M", "Q2_K")
 REPO = re.compile(r"^[\w.-]+/[\w.-]+?(?::(?P<quant>[\w.-]+))?$")
 HUB = re.compile(r"^https://(?:huggingface\.co|hf\.co)/(?P<repo>[\w.-]+/[\w.-]+)(?:/(?P<rest>.*))?$")
+MIB = 1 << 20
 # Contexts are told in steps of this many tokens.
 GRAIN = 1024
 # Up to so many servers on a node every set of them is tried in place of the model, above it only the least important.
@@ -212,7 +213,8 @@ class Fit:
         if beside:
             longest = self.longest(beside, variant, host, self.free(host, here))
             yield replace(row, answer="beside", choice=beside, longest=longest)
-        if beside is None or rank(alone) < rank(beside):
+        # Other servers are named only for a place on cards: all of the model, or all but its experts.
+        if beside is None or rank(alone) < min(rank(beside), RANKS["layers_on_cpu"]):
             gone = self.makes_way(found, host, here, rank(alone))
             stays = self.free(host, [one for one in here if one not in gone])
             choice = best(found, stays)
@@ -312,7 +314,10 @@ class Fit:
             step = replace(choice.step, context=context)
             options = ways.server_options(model, step, choice.place, variant["shape"])
             engine = backend(devices[0]) if devices else "cpu"
-            memory = self.footprints.take((self.name, variant.get("quant")), variant, options, devices, engine)
+            taken: dict[str, int] = {}
+            for part in parts(variant, options, devices, engine):
+                taken[part["where"]] = taken.get(part["where"], 0) + part["bytes"]
+            memory = {where: -(-size // MIB) for where, size in taken.items()}
             return all(size <= free[at] for at, size in room.needs(host, memory))
 
         low, high = choice.step.context // GRAIN, max(trained, choice.step.context) // GRAIN
@@ -393,6 +398,11 @@ def _plan(
     previous, known = (before["instances"], before["nodes"]) if before else ([], {})
     own = {name: resolved[name] for name in lab["models"] if name in resolved}
     plan = placement.plan(lab["models"], own, nodes, previous, {}, previous_nodes=known)
+    for refusal in plan["refused"]:
+        # The planner knows of no other reason why a node may be missing.
+        for host in set(lab["nodes"]) - set(nodes):
+            told = f"{host} did not answer and declares no hardware"
+            refusal["reason"] = refusal["reason"].replace(told, f"it may run on {host} alone")
     return {**plan, "nodes": plan.get("nodes", nodes), "models": own}
 
 
@@ -409,6 +419,9 @@ def table(asked: dict[str, Any], answered: dict[str, Any], width: int = 80) -> s
         title = f"THE LAB {', '.join(asked['changes'])}"
         blocks.append("\n".join(report.wrapped(report.clean(title), width, "", "  ")))
         blocks.append(report.table(answered["plan"], answered["before"], width))
+        worth = [report.clean(answered[key].get("value")) for key in ("before", "plan")]
+        if "None" not in worth:
+            blocks.append(f"The sum of priority x quality is {worth[1]}; in the plan in force it is {worth[0]}.")
     return "\n\n".join(blocks)
 
 
@@ -475,17 +488,21 @@ def _notes(rows: list[Row]) -> list[str]:
 
 
 def verdict(asked: dict[str, Any], rows: list[Row]) -> str:
-    """Return the answer in one sentence."""
-    name = asked["name"]
-    for answer_word, told in (("beside", "beside what runs"), ("instead", "in place of something")):
-        good = [row for row in rows if row.answer == answer_word]
-        if good:
-            # The files come in the order of preference.
-            row = min(good, key=lambda row: rank(row.choice))
-            size = progress.size(row.fetch)
-            fetch = f", {size} to fetch" if row.fetch else ", its files are there"
-            return (
-                f"{name} fits {told}: {row.quant} on {row.node} {place(row.choice)} with {row.choice.step.context} "
-                f"tokens, up to {row.longest}{fetch}."
-            )
-    return f"{name} does not fit on any node."
+    """Return the answer in a sentence or two."""
+    # The files come in the order of preference.
+    good = {word: [row for row in rows if row.answer == word] for word in ("beside", "instead")}
+    first = {word: min(found, key=lambda row: rank(row.choice)) for word, found in good.items() if found}
+    told = []
+    if "beside" in first:
+        told.append(f"{asked['name']} fits beside what runs: {_best(first['beside'])}.")
+    if "instead" in first and ("beside" not in first or rank(first["instead"].choice) < rank(first["beside"].choice)):
+        made_way = ", ".join(one["name"] for one in first["instead"].gone)
+        start = "Better still in" if told else f"{asked['name']} fits in"
+        told.append(f"{start} place of {made_way}: {_best(first['instead'])}.")
+    return " ".join(told) or f"{asked['name']} does not fit on any node."
+
+
+def _best(row: Row) -> str:
+    fetch = f"{progress.size(row.fetch)} to fetch" if row.fetch else "its files are there"
+    longest = f", up to {row.longest}" if row.longest > row.choice.step.context else ""
+    return f"{row.quant} on {row.node} {place(row.choice)} with {row.choice.step.context} tokens{longest}, {fetch}"

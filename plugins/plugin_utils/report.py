@@ -446,9 +446,13 @@ def moves(before: dict[str, Any], after: dict[str, Any]) -> list[dict[str, str]]
     def tell(kind: str, instance: dict[str, Any], sentence: str) -> None:
         found[kind].append({"server": instance["name"], "model": instance["model"], "kind": kind, "sentence": sentence})
 
+    known = {refusal["model"] for refusal in before["refused"]}
+    lost = {refusal["model"] for refusal in after["refused"]} - known - {one["model"] for one in after["instances"]}
     for name, instance in old.items():
         place = f"{instance['node']} {where(instance)}"
         if name not in new:
+            if instance["model"] in lost:
+                continue  # said once, with the reason
             tell("leaves", instance, f"{name} leaves {place}")
             continue
         now, place_now = new[name], f"{new[name]['node']} {where(new[name])}"
@@ -461,7 +465,6 @@ def moves(before: dict[str, Any], after: dict[str, Any]) -> list[dict[str, str]]
     for name, instance in new.items():
         if name not in old:
             tell("starts", instance, f"{name} starts on {instance['node']} {where(instance)}, {_total(instance)} MiB")
-    known = {refusal["model"] for refusal in before["refused"]}
     ran = {instance["model"] for instance in before["instances"]}
     for refusal in after["refused"]:
         if refusal["model"] not in known:
