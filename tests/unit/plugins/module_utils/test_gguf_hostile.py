@@ -63,7 +63,7 @@ def test_a_wrong_byte_anywhere_breaks_nothing(real: bytes, byte: int) -> None:
 @pytest.mark.parametrize("number", [1 << 31, 1 << 60, (1 << 64) - 1])
 def test_a_huge_number_anywhere_breaks_nothing(real: bytes, number: int) -> None:
     started = time.process_time()
-    for at in range(0, len(real) - 8):
+    for at in range(len(real) - 8):
         outcome(real[:at] + struct.pack("<Q", number) + real[at + 8 :], 1 << 62)
     # Each on its own takes far less than the second that it may.
     assert time.process_time() - started < 5
