@@ -90,6 +90,7 @@ SLIDING: dict[str, tuple[int | None, bool]] = {
     "laguna": (4, True),
     "lfm2": (0, False),
     "llama4": (4, False),
+    "maion-coder": (None, False),
     "maple": (None, False),
     "mellum": (4, False),
     "mimo2": (None, False),
@@ -108,6 +109,9 @@ RECURRENT = frozenset(("mamba", "mamba2", "rwkv6", "rwkv6qwen2", "rwkv7", "arwkv
 INTERVALS = {"minimax-01": 8, "qwen3next": 4, "qwen35": 4, "qwen35moe": 4, "qwen4exp": 4}
 # Layers that predict further tokens have a cache like the others.
 FURTHER_CACHED = frozenset(("bailingmoe3", "hy_v4", ROUTER))
+# Rows that an indexer with pooled keys has for a token: key, pooled key, and with some its gate.
+POOLED_ROWS = {"qwen4exp": 2, "glm5-next": 3}
+MOST_POOLED_ROWS = 3
 COMPRESSED = {4: "csa", 128: "hca"}  # DeepSeek 4: tokens in one row of a compressed cache
 
 
@@ -348,7 +352,7 @@ class _Model:
     def _index_lengths(self, index: int) -> tuple[int, int]:
         key = self._number("attention.indexer.key_length")
         if self._number("attention.indexer.kpool"):
-            key *= 3  # key, gate and pooled value
+            key *= POOLED_ROWS.get(self._name, MOST_POOLED_ROWS)
         if self._latent or any(self._recurrent):
             return key, 0
         return key, int(self._shape["value_length"] or 0)
@@ -374,7 +378,7 @@ class _Model:
     def everything(self) -> list[tuple[int, int]]:
         """The most that each layer can take: full caches of keys, values and indexer, and a state."""
         state = 4 * self._set.slots * sum(self._state_elements())
-        choosing = 3 * self._number("attention.indexer.key_length")
+        choosing = MOST_POOLED_ROWS * self._number("attention.indexer.key_length")
         key = max(int(self._shape["key_length"] or 0), self._number("attention.key_length_swa"))
         value = max(int(self._shape["value_length"] or 0), self._number("attention.value_length_swa"))
         cells = self._set.cells * self._set.streams
