@@ -32,29 +32,34 @@ PORT = 50052
 SECONDS = 60  # a case may take
 LIMIT = "12g"  # what the container may take, so that a mistake does not take the machine
 
-# Reads cases, each a line NUMBER LAST ARGUMENTS..., and prints what its server says until a line matches LAST.
+# Reads cases, each a line NUMBER DEVICES LAST ARGUMENTS..., and prints what its server says until a line matches LAST.
 DRIVER = r"""
 noise='graph_reserve\|input_tensors\|create_tensor\|load_tensors: layer\|model_loader\|print_info'
-n=0
-while [ $n -lt "$1" ]; do
-    ggml-rpc-server -H 127.0.0.1 -p $((50052 + n)) >/dev/null 2>&1 &
-    n=$((n + 1))
-done
 mkfifo /tmp/log
-# A device listens when the kernel knows its port.
-while [ $n -gt 0 ]; do
-    hex=$(printf '0100007F:%04X 00000000:0000 0A' $((50051 + n)))
-    grep -q "$hex" /proc/net/tcp && n=$((n - 1)) || sleep 0.02
-done
+# A client that was killed may take its device along: each case has new ones.
+start_devices() {
+    n=0
+    while [ $n -lt "$1" ]; do
+        ggml-rpc-server -H 127.0.0.1 -p $((50052 + n)) >/dev/null 2>&1 &
+        devices="$devices $!"
+        n=$((n + 1))
+    done
+    while [ $n -gt 0 ]; do # it listens when the kernel knows its port
+        hex=$(printf '0100007F:%04X 00000000:0000 0A' $((50051 + n)))
+        if grep -q "$hex" /proc/net/tcp; then n=$((n - 1)); else sleep 0.01; fi
+    done
+}
 while IFS= read -r line; do
     eval "set -- $line"
     echo "=== case $1"
-    last=$2
-    shift 2
+    devices='' last=$3
+    start_devices "$2"
+    shift 3
     llama-server "$@" >/tmp/log 2>&1 &
+    server=$!
     sed "/$noise/d;/$last/q" </tmp/log
-    kill -9 $! 2>/dev/null
-    wait $! 2>/dev/null
+    kill -9 $server $devices 2>/dev/null
+    wait $server $devices 2>/dev/null
 done
 exit 0
 """
@@ -85,8 +90,8 @@ class Case:
 class Oracle:
     """A container in which many servers are asked, one after the other."""
 
-    def __init__(self, folder: Path, image: str = IMAGE, devices: int = 2) -> None:
-        self._folder, self._image, self._devices = Path(folder).resolve(), image, devices
+    def __init__(self, folder: Path, image: str = IMAGE) -> None:
+        self._folder, self._image = Path(folder).resolve(), image
         self._name = f"oracle-{secrets.token_hex(4)}"
 
     def __enter__(self) -> Oracle:
@@ -110,7 +115,7 @@ class Oracle:
         lines = [f"{number} {shlex.join(self._line(case))}" for number, case in enumerate(cases)]
         command = ["docker", "run", "--rm", "--interactive", "--network", "none", "--memory", LIMIT]
         command += ["--name", self._name, "--volume", f"{self._folder}:{llama_server.MODELS}:ro"]
-        command += ["--entrypoint", "sh", self._image, "-c", DRIVER, "oracle", str(self._devices)]
+        command += ["--entrypoint", "sh", self._image, "-c", DRIVER]
         done = subprocess.run(
             command,
             input="\n".join(lines) + "\n",
@@ -128,15 +133,13 @@ class Oracle:
         return [self._answer(case, text) for case, text in zip(cases, texts)]
 
     def _line(self, case: Case) -> list[str]:
-        if case.devices > self._devices:
-            raise OracleError(f"{case.devices} devices were asked for, and there are {self._devices}.")
         file = Path(case.model).resolve().relative_to(self._folder)
         argv = llama_server.arguments(instance(case, str(file)))
         argv[argv.index("--fit") + 1] = "on"
         argv += ["--verbosity", "5"]
         # sed needs a line after the table to know that the table is whole.
         last = "model loaded\\|exiting due to" if case.load else "fit_impl: projected\\|fitting params to free"
-        return [last, *argv]
+        return [str(case.devices), last, *argv]
 
     def _answer(self, case: Case, text: str) -> Answer | OracleError:
         names = [f"gpu{index}" for index in range(case.devices)]
