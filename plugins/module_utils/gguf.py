@@ -160,6 +160,7 @@ class Header:
     version: int
     metadata: dict[str, Any] = field(default_factory=dict)
     lengths: dict[str, int] = field(default_factory=dict)
+    texts: dict[str, tuple[int, int, str]] = field(default_factory=dict)  # arrays of texts: count, bytes, the next key
     tensor_count: int = 0
     elements: int = 0
     input_bytes: int = 0
@@ -269,16 +270,33 @@ class _Cursor:
         return self.take(length).decode("utf-8", "replace")
 
 
-def read_header(stream: BinaryIO | io.RawIOBase, size: int | None = None, limit: int = MAX_HEADER) -> Header:
-    """Read a header from a seekable stream at its beginning; size is that of the whole file where it is known."""
+def read_header(
+    stream: BinaryIO | io.RawIOBase, size: int | None = None, limit: int = MAX_HEADER, like: Header | None = None
+) -> Header:
+    """Read a header from a seekable stream at its beginning.
+
+    :param size: that of the whole file where it is known.
+    :param like: that of the same model in another quantisation. Its vocabulary is then passed over unread; where this
+        file has another one after all, that is an error, and the header can be read again without it.
+    """
     cursor = _Cursor(stream, size, limit)
     header = Header(_version(cursor))
     tensors, pairs = cursor.number("<Q"), cursor.number("<Q")
     if pairs > MAX_PAIRS or tensors > MAX_TENSORS:
         raise GGUFError(f"its header claims {pairs} values and {tensors} tensors. Fetch the file again")
     strings = MAX_STRINGS
+    passed: tuple[str, int, int] | None = None  # the array of texts before: its key, its count, where it began
+    expected = None
     for _pair in range(pairs):
-        strings -= _read_pair(cursor, header, strings)
+        end = cursor.position
+        key = cursor.string(MAX_NAME, "a key in its header")
+        if expected not in (None, key):
+            raise GGUFError(f"its vocabulary ends before {key[:80]!r}, unlike its sibling's. Fetch the file again")
+        if passed:
+            header.texts[passed[0]] = (passed[1], end - passed[2], key)
+        count, start, expected = _read_pair(cursor, header, key, strings, like.texts if like else {})
+        passed = (key, count, start) if count else None
+        strings -= count
     for _tensor in range(tensors):
         _read_tensor(cursor, header)
     header.header_bytes = cursor.position
@@ -299,9 +317,10 @@ def _version(cursor: _Cursor) -> int:
     return version
 
 
-def _read_pair(cursor: _Cursor, header: Header, strings: int) -> int:
-    """Read one key with its value; return how many strings of arrays it had."""
-    key = cursor.string(MAX_NAME, "a key in its header")
+def _read_pair(
+    cursor: _Cursor, header: Header, key: str, strings: int, known: dict[str, tuple[int, int, str]]
+) -> tuple[int, int, str | None]:
+    """Read a key's value; return of an array of texts its count and beginning, and the key after it if it was known."""
     kind = cursor.number("<I")
     if kind in SCALARS:
         header.metadata[key] = cursor.number("<" + SCALARS[kind])
@@ -317,8 +336,13 @@ def _read_pair(cursor: _Cursor, header: Header, strings: int) -> int:
         if kind == STRING:
             if count > strings:
                 raise GGUFError(f"the value {key[:80]!r} claims {count} texts. Fetch the file again")
+            start = cursor.position
+            known_count, length, after = known.get(key, (0, 0, ""))
+            if count and count == known_count:
+                cursor.skip(length)
+                return count, start, after
             cursor.skip_strings(count)
-            return count
+            return count, start, None
         if kind not in SCALARS:
             raise GGUFError(
                 f"the value {key[:80]!r} is an array of type {kind}, which GGUF readers refuse. Convert it again"
@@ -331,7 +355,7 @@ def _read_pair(cursor: _Cursor, header: Header, strings: int) -> int:
             cursor.skip(length)
     else:
         raise GGUFError(f"the value {key[:80]!r} has the unknown type {kind}. Fetch the file again")
-    return 0
+    return 0, 0, None
 
 
 def _read_tensor(cursor: _Cursor, header: Header) -> None:

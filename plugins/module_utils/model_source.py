@@ -87,14 +87,22 @@ def _resolve_hub(source: dict[str, Any], web: Web) -> dict[str, Any]:
 
     def remote(name: str) -> tuple[dict[str, Any], gguf.Header]:
         url = f"{web.endpoint}/{repo}/resolve/{listing['sha']}/{quote(name)}"
-        with _Remote(web, url, f"the repository {repo}") as found:
-            size = files[name].get("size") or found.size
-            header = gguf.read_header(found, size)
+        what, size = f"the repository {repo}", files[name].get("size")
+        try:
+            with _Remote(web, url, what) as found:
+                header = gguf.read_header(found, size or found.size, like=web.siblings.get(repo))
+        except gguf.GGUFError:
+            if repo not in web.siblings:
+                raise
+            with _Remote(web, url, what) as found:
+                header = gguf.read_header(found, size or found.size)
+        if header.texts:
+            web.siblings[repo] = header
         digest = (files[name].get("lfs") or {}).get("sha256")
         entry = {
             "name": PurePosixPath(name).name,
             "url": url,
-            "size": size,
+            "size": size or found.size,
             "sha256": digest if digest and DIGEST.match(digest) else found.sha256,
         }
         return entry, header
@@ -280,6 +288,7 @@ class Web:
     def __init__(self, endpoint: str | None = None, token: str | None = None, timeout: float = 30) -> None:
         self.endpoint = (endpoint or ENDPOINT).rstrip("/")
         self.left = HEADER_BUDGET
+        self.siblings: dict[str, gguf.Header] = {}  # by repository one of its files, whose vocabulary the others have
         self._token = token
         self._timeout = timeout
         self._dead: dict[str, str] = {}
