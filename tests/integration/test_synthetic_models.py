@@ -5,7 +5,10 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+
+import pytest
 
 from tests.models import synthetic
 from tests.oracle.oracle import Case, Oracle, OracleError
@@ -30,3 +33,18 @@ def test_the_server_takes_every_model(tmp_path: Path) -> None:
         size = synthetic.shape(name, model.quants[0])["weights_bytes"] / MIB
         held = sum(sizes.get("model", 0) + sizes.get("repack", 0) for sizes in answer.values())
         assert held >= size * 0.95 - 2, name
+
+
+@pytest.mark.parametrize(
+    ("name", "projector"),
+    [("qwen2.5-vl-7b", "mmproj-qwen2.5-vl-7b"), ("gemma-3-12b", "mmproj-gemma-3-12b")],
+)
+def test_the_server_takes_a_projector(name: str, projector: str, tmp_path: Path) -> None:
+    path = synthetic.model(name, "Q4_K_M", tmp_path)
+    beside = synthetic.model(projector, "F16", tmp_path)
+    options = {"ctx-size": 2048, "parallel": 1, "n-gpu-layers": "all", "mmproj": f"/models/{beside.name}"}
+    with Oracle(tmp_path) as oracle:
+        text = oracle.ask(path, options, devices=1).text
+    # Its weights, and room to work.
+    told = re.search(r"worst-case memory usage of mmproj is ([\d.]+) MiB", text)
+    assert told and float(told[1]) > beside.stat().st_size / MIB
