@@ -68,6 +68,10 @@ def _no_wired_limit(declaration: dict[str, Any]) -> None:
     declaration["nodes"]["lithium"]["node_gpus"][0]["cap_mib"] = 73728
 
 
+def _on_the_nuc(declaration: dict[str, Any]) -> None:
+    declaration["lab"]["lab_models"]["qwen3.5-122b-a10b"]["nodes"] = "hydrogen"
+
+
 def _without(node: str) -> Callable[[dict[str, Any]], None]:
     def change(declaration: dict[str, Any]) -> None:
         for hosts in declaration["groups"].values():
@@ -113,6 +117,7 @@ SCENARIOS = {
         "mrzk", "The Mac without the wired limit: Metal grants three quarters of its memory.", _no_wired_limit
     ),
     "mrzk-without-lithium": Scenario("mrzk", "The Mac is gone; its model may go anywhere.", _without("lithium")),
+    "mrzk-on-the-nuc": Scenario("mrzk", "The 80 GB model pinned to the NUC: refused.", _on_the_nuc),
     "dragons": Scenario("dragons", "The lab as declared: 8 GB and 24 GB."),
     "dragons-large-on-8gb": Scenario("dragons", "The large model pinned to the 8 GB card.", _large_on_caraxes),
     "lumina": Scenario("lumina", "The lab as declared: five models of 20.1 GB of weights on one 24 GB card."),
@@ -246,13 +251,19 @@ def _word(value: Any) -> str:
 
 
 def _left(nodes: dict[str, Any], plan: dict[str, Any]) -> list[str]:
-    rows = [("memory", "size", "reserved", "others", "planned", "left")]
+    weights: dict[tuple[str, str], float] = {}
+    for instance in plan["instances"]:
+        for part in instance["parts"]:
+            if part["kind"] == "weights":
+                place = instance["node"], part["where"]
+                weights[place] = weights.get(place, 0) + part["bytes"] / (1 << 20)
+    rows = [("memory", "size", "reserved", "others", "planned", "left", "weights alone")]
     for host, wheres in plan["devices"].items():
         names = {device["id"]: device["name"] for device in nodes[host]["devices"]}
         for where, sizes in wheres.items():
             keys = ("size_mib", "reserved_mib", "others_mib", "planned_mib", "left_mib")
             name = f"{host} {where}" + (f" ({names[where]})" if where in names else "")
-            rows.append((name, *(str(sizes[key]) for key in keys)))
+            rows.append((name, *(str(sizes[key]) for key in keys), f"{weights.get((host, where), 0):.0f}"))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return [
         "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))])
