@@ -1,0 +1,109 @@
+# Copyright: Contributors to the homelab.inference project
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""What a server takes besides weights, caches and buffers: of main memory, and of each device that it opens.
+
+What counts against a container's limit is what cannot be given back: anonymous memory, and the pages of files that are
+needed again and again. Pages of the model that were read once, because its weights lie elsewhere by now, are given back
+as soon as room is short: they are in no part.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from ansible_collections.homelab.inference.plugins.module_utils.memory.cache import _Model, cache
+from ansible_collections.homelab.inference.plugins.module_utils.memory.layers import HOST
+from ansible_collections.homelab.inference.plugins.module_utils.memory.options import MIB, Settings, settings
+from ansible_collections.homelab.inference.plugins.module_utils.memory.weights import repacked
+
+# MiB that a process takes of each device it opens, beside the buffers that its log names: driver context, kernels,
+# library workspaces.
+DEVICE_OVERHEAD_MIB = {
+    "cuda": 456,  # 451 to 456 on an RTX 4090 (llama.cpp issue 15860); Ollama counts 457
+    "rocm": 300,  # not measured; a start value until the first server was read back
+    "vulkan": 300,  # likewise
+    "sycl": 300,  # likewise
+    "metal": 512,  # Ollama's value
+    "emulated": 12,  # measured: ggml-rpc-server of 0.7.0 has 3.3 of its own and 5.8 of mapped program
+    "cpu": 0,
+}
+# MiB of main memory that the libraries of a backend keep in each process, beside the server's own.
+BACKEND_BASE_MIB = {
+    "cuda": 256,  # not measured
+    "rocm": 256,  # not measured
+    "vulkan": 80,  # 35 to 80 with Mesa's drivers
+    "sycl": 256,  # not measured
+    "metal": 64,  # not measured
+    "emulated": 0,  # measured: as without devices
+    "cpu": 0,
+}
+# A server of its own, measured with llama-server 0.7.0: 5 MiB and what its threads and page tables take; program text
+# and libraries, mapped; and the vocabulary, in bytes for each token and for each merge of two.
+BASE_MIB = 8
+PROGRAM_MIB = 16
+TOKEN_BYTES = 176
+MERGE_BYTES = 176
+
+
+def host(
+    shape: dict[str, Any],
+    options: dict[str, Any],
+    devices: list[dict[str, Any]],
+    backend: str,
+    overheads: dict[str, int] | None = None,
+) -> list[dict[str, Any]]:
+    """Return the parts of kind repack, mapped, prompt_cache, base and overhead.
+
+    :param overheads: MiB that servers were seen to take of a device beside their buffers, by id or by backend.
+    """
+    chosen = settings(options, shape)
+    machine = "aarch64" if any(device.get("vendor") in ("apple", "tegra") for device in devices) else "x86_64"
+    learned = overheads or {}
+    found = []
+    for device in devices:
+        size = learned.get(device["id"], learned.get(backend))
+        source = "bound" if size is None else "measured"
+        size = DEVICE_OVERHEAD_MIB.get(backend, max(DEVICE_OVERHEAD_MIB.values())) if size is None else size
+        found.append(_part(device["id"], "overhead", size * MIB, source))
+    base = BASE_MIB + BACKEND_BASE_MIB.get(backend, max(BACKEND_BASE_MIB.values()))
+    found += [
+        _part(HOST, "repack", repacked(shape, options, devices, machine), "computed"),
+        _part(HOST, "prompt_cache", prompt_cache(shape, options, chosen), "bound"),
+        _part(HOST, "mapped", PROGRAM_MIB * MIB, "bound"),
+        _part(HOST, "base", base * MIB + vocabulary(shape), "bound"),
+    ]
+    return [part for part in found if part["bytes"]]
+
+
+def prompt_cache(shape: dict[str, Any], options: dict[str, Any], chosen: Settings) -> int:
+    """Return the most that kept prompts and checkpoints of contexts can come to.
+
+    The limit of the prompt cache is looked at after a prompt was added, so it can be passed by one.
+    """
+    kept = chosen.slots * chosen.checkpoints * checkpoint(shape, chosen)
+    limit = chosen.cache_ram_mib if chosen.cache_ram_mib >= 0 else 8192
+    if limit:
+        whole = sum(part["bytes"] for part in cache(shape, options, []))
+        kept += limit * MIB + whole // chosen.slots
+    return kept
+
+
+def checkpoint(shape: dict[str, Any], chosen: Settings) -> int:
+    """Return the bytes of one checkpoint: of a slot's cache what cannot be rolled back, windows and states."""
+    model = _Model(shape, replace(chosen, slots=1, streams=1))
+    windows = [False] * len(model._sliding) if chosen.swa_full else model._sliding
+    return sum((kv if window else 0) + state for window, (kv, state) in zip(windows, model.sizes()))
+
+
+def vocabulary(shape: dict[str, Any]) -> int:
+    """Return what the tables of a vocabulary take in memory."""
+    tokens = int(shape.get("vocab_size") or 0)
+    # Byte pairs: about as many merges as tokens, up to twice as many.
+    merges = 2 * tokens if shape.get("tokenizer") == "gpt2" else 0
+    return tokens * TOKEN_BYTES + merges * MERGE_BYTES
+
+
+def _part(where: str, kind: str, size: int, source: str) -> dict[str, Any]:
+    return {"where": where, "kind": kind, "bytes": size, "source": source}

@@ -1,0 +1,138 @@
+# Copyright: Contributors to the homelab.inference project
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""All that a server takes, part by part, before a byte of its weights is there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ansible_collections.homelab.inference.plugins.module_utils.memory import cache as caches
+from ansible_collections.homelab.inference.plugins.module_utils.memory.cache import cache
+from ansible_collections.homelab.inference.plugins.module_utils.memory.host import host
+from ansible_collections.homelab.inference.plugins.module_utils.memory.layers import HOST, layer_count
+from ansible_collections.homelab.inference.plugins.module_utils.memory.options import MIB, settings
+from ansible_collections.homelab.inference.plugins.module_utils.memory.weights import repacked, weights
+
+# A draft model has options of its own; what it has none for, it takes from the model that it drafts for.
+DRAFT_OPTIONS = {
+    "n-gpu-layers": ("spec-draft-ngl", "n-gpu-layers-draft", "gpu-layers-draft"),
+    "cache-type-k": ("spec-draft-type-k", "cache-type-k-draft"),
+    "cache-type-v": ("spec-draft-type-v", "cache-type-v-draft"),
+    "cpu-moe": ("spec-draft-cpu-moe", "cpu-moe-draft"),
+    "n-cpu-moe": ("spec-draft-n-cpu-moe", "spec-draft-ncmoe", "n-cpu-moe-draft"),
+}
+OF_THE_MODEL = tuple(DRAFT_OPTIONS)
+
+
+def predict(
+    shape: dict[str, Any],
+    options: dict[str, Any],
+    devices: list[dict[str, Any]],
+    backend: str,
+    calibration: dict[str, Any] | None = None,
+    overheads: dict[str, int] | None = None,
+    projector: dict[str, Any] | None = None,
+    draft: dict[str, Any] | None = None,
+) -> list[dict[str, Any]]:
+    """Return the parts of one server: C({where, kind, bytes, source}), where a device's id or C(host).
+
+    :param devices: those of C(--device), in its order; none for a server on the processor alone.
+    :param calibration: what the engine's own dry pass said of this shape (module gguf_info).
+    :param overheads: MiB learned per device id or backend, see P(host).
+    :param projector: shape of the file with the multimodal projector.
+    :param draft: shape of the draft model's file.
+    """
+    found = weights(shape, options, devices) + cache(shape, options, devices)
+    found += compute(shape, options, devices, backend, calibration)
+    found += host(shape, options, devices, backend, overheads)
+    if projector:
+        found += _projector(projector, options, devices)
+    if draft:
+        found += _draft(draft, options, devices, backend)
+    return found
+
+
+def totals(parts: list[dict[str, Any]]) -> dict[str, int]:
+    """Return the MiB, rounded up, that the parts take of each place."""
+    sums: dict[str, int] = {}
+    for part in parts:
+        sums[part["where"]] = sums.get(part["where"], 0) + part["bytes"]
+    return {where: -(-size // MIB) for where, size in sums.items()}
+
+
+def unknown(shape: dict[str, Any]) -> list[str]:
+    """Return why a prediction for this model is an upper bound in some part, as sentences; nothing when it is not."""
+    return caches.unknown(shape)
+
+
+def draft_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Return the options that a draft model's context is made with: those of its model, with its own on top."""
+    result = {name: value for name, value in options.items() if name not in OF_THE_MODEL}
+    for name, spellings in DRAFT_OPTIONS.items():
+        for spelling in spellings:
+            if spelling in options:
+                result[name] = options[spelling]
+    if options.get("spec-draft-n-ubatch"):
+        result["ubatch-size"] = options["spec-draft-n-ubatch"]
+    for name in ("embedding", "embeddings", "reranking", "rerank"):
+        result.pop(name, None)
+    return result
+
+
+def _draft(
+    shape: dict[str, Any], options: dict[str, Any], devices: list[dict[str, Any]], backend: str
+) -> list[dict[str, Any]]:
+    own = draft_options(options)
+    found = weights(shape, own, devices) + cache(shape, own, devices) + compute(shape, own, devices, backend, None)
+    found.append({"where": HOST, "kind": "repack", "bytes": repacked(shape, own, devices), "source": "computed"})
+    return _merged(found, "draft")
+
+
+def _projector(shape: dict[str, Any], options: dict[str, Any], devices: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    offload = devices and options.get("mmproj-offload", True) and not options.get("no-mmproj-offload")
+    size = shape["weights_bytes"]
+    # The graph of an encoder, at its largest picture.
+    graph = max(256 * MIB, size // 4)
+    parts = [{"where": devices[0]["id"] if offload else HOST, "kind": "projector", "bytes": size + graph}]
+    return [{**part, "source": "bound"} for part in parts]
+
+
+def _merged(found: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
+    """Return one part for each place, as sure as the least sure of them."""
+    order = ("measured", "calibrated", "computed", "bound")
+    result: dict[str, dict[str, Any]] = {}
+    for part in found:
+        into = result.setdefault(part["where"], {"where": part["where"], "kind": kind, "bytes": 0, "source": order[0]})
+        into["bytes"] += part["bytes"]
+        into["source"] = max(into["source"], part["source"], key=order.index)
+    return [part for part in result.values() if part["bytes"]]
+
+
+def compute(
+    shape: dict[str, Any],
+    options: dict[str, Any],
+    devices: list[dict[str, Any]],
+    backend: str,
+    calibration: dict[str, Any] | None = None,
+) -> list[dict[str, Any]]:
+    """Return a generous figure until compute.py is there."""
+    chosen = settings(options, shape)
+    width, vocabulary = int(shape.get("embedding_length") or 0), int(shape.get("vocab_size") or 0)
+    forward = shape["hparams"].get("feed_forward_length") or 4 * width
+    forward = max(forward) if isinstance(forward, list) else int(forward)
+    heads = shape.get("head_count") or 1
+    heads = max(heads) if isinstance(heads, list) else int(heads)
+    spread = 5 * width + 3 * forward
+    if shape.get("expert_count"):
+        spread = max(spread, 28 * width)
+    size = 4 * chosen.ubatch * spread + 4 * chosen.ubatch * chosen.cells
+    if not chosen.flash_attention:
+        size += 4 * chosen.ubatch * chosen.cells * heads
+    if len(devices) > 1 and chosen.gpu_layers > layer_count(shape):
+        size *= 2
+    outputs = chosen.batch if chosen.embedding else chosen.slots
+    found = [{"where": device["id"], "kind": "compute", "bytes": size, "source": "bound"} for device in devices]
+    found.append({"where": HOST, "kind": "compute", "bytes": size, "source": "bound"})
+    found.append({"where": HOST, "kind": "output", "bytes": 4 * vocabulary * outputs, "source": "bound"})
+    return found
