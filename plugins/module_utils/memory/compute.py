@@ -10,7 +10,7 @@ The forward pass is laid out as the engine lays it out (forward.py) and given ro
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any, Optional
+from typing import Any
 
 from ansible_collections.homelab.inference.plugins.module_utils.memory.cache import _Model
 from ansible_collections.homelab.inference.plugins.module_utils.memory.forward import (
@@ -35,7 +35,7 @@ def compute(
     options: dict[str, Any],
     devices: list[dict[str, Any]],
     backend: str,
-    calibration: Optional[dict[str, Any]] = None,
+    calibration: dict[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
     """Return the parts of kind compute and output."""
     chosen = settings(options, shape)
@@ -116,9 +116,6 @@ def _pass(shape: dict[str, Any], chosen: Settings, devices: list[dict[str, Any]]
     expert_forward = number("expert_feed_forward_length", max((layer.forward for layer in layers), default=0))
     shared = number("expert_shared_feed_forward_length") or number("expert_shared_count") * expert_forward
     turned = [kind.startswith(("q", "iq")) and family.kind != "latent" for kind in (chosen.type_k, chosen.type_v)]
-    edge = 64
-    while turned[0] and key % (2 * edge) == 0:
-        edge *= 2
     tokens = min(chosen.ubatch, chosen.batch)
     architecture = str(shape["architecture"])
     return Pass(
@@ -133,7 +130,7 @@ def _pass(shape: dict[str, Any], chosen: Settings, devices: list[dict[str, Any]]
             model._window_cells(chosen.slots if chosen.unified else 1) if any(layer.window for layer in layers) else 0
         ),
         flash=chosen.flash_attention,
-        rotated=(edge if turned[0] and key % 64 == 0 else 0, 64 if turned[1] and value % 64 == 0 else 0),
+        rotated=(turned[0] and key % 64 == 0, turned[1] and value % 64 == 0),
         cache_on_host=not chosen.kv_offload,
         output_device=_numbers(shape, chosen, devices)[-1],
         layers=_shortened(layers),

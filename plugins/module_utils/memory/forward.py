@@ -10,7 +10,6 @@ follows from it. What llama.cpp calls an architecture is a row of FAMILIES here.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Optional
 
 from ansible_collections.homelab.inference.plugins.module_utils.memory.graph import (
     HOST,
@@ -55,9 +54,9 @@ FAMILIES = {
     "glm4moe": Family(),
     "deepseek2": Family(kind="latent"),
     "gemma4": Family(head_norm=True, post_norm=True, scaled=True, kind="gemma4", late=True),
-    "qwen3next": Family(head_norm=True, kind="delta", late=True, paired=True),
-    "qwen35moe": Family(head_norm=True, kind="delta", late=True),
-    "qwen35": Family(head_norm=True, kind="delta", late=True),
+    "qwen3next": Family(head_norm=True, kind="delta", paired=True),
+    "qwen35moe": Family(head_norm=True, kind="delta"),
+    "qwen35": Family(head_norm=True, kind="delta"),
     "nomic-bert": Family(fused=True, kind="encoder"),
 }
 
@@ -93,7 +92,7 @@ class Pass:
     cells: int
     window_cells: int  # 0 where no layer has a window
     flash: bool
-    rotated: tuple[int, int]  # edges of the matrices that turn quantised keys and values, 0 for none
+    rotated: tuple[bool, bool]  # whether quantised keys and values are turned first
     cache_on_host: bool
     output_device: int
     layers: tuple[Layer, ...]
@@ -128,7 +127,7 @@ class Forward:
         self,
         width: int,
         *reads: Tensor,
-        pin: Optional[int] = None,
+        pin: int | None = None,
         inplace: bool = False,
         rows: int = 0,
         size: int = F32,
@@ -145,7 +144,7 @@ class Forward:
         return self.make(width, made, inplace=True, rows=rows, pin=device)
 
     def rope(self, of: Tensor, width: int) -> Tensor:
-        return self.make(width, of, self.positions)
+        return self.make(width, of, self.positions, inplace=True)
 
     # --- parts --------------------------------------------------------------------------------------------------
 
@@ -179,22 +178,26 @@ class Forward:
             self.indices[window, values] = given(I64 * count)
         return self.indices[window, values]
 
-    def turn(self, of: Tensor, width: int, window: bool, which: str) -> Tensor:
-        edge = self.model.rotated[which == "v"]
-        if not edge:
+    def turn(self, of: Tensor, width: int, layer: Layer, which: str) -> Tensor:
+        """Multiply with a Hadamard matrix, before quantising what goes into the cache."""
+        window = layer.window
+        if not self.model.rotated[which == "v"]:
             return of
         if (window, which) not in self.turns:
+            edge = 64
+            while which == "k" and layer.key % (2 * edge) == 0:
+                edge *= 2
             self.turns[window, which] = given(F32 * edge * edge)
-        return self.make(width, self.turns[window, which], of)
+        return view(self.make(width, self.turns[window, which], view(of)))
 
-    def attend(self, layer: Layer, query: Tensor, key: Optional[Tensor], value: Optional[Tensor]) -> Tensor:
+    def attend(self, layer: Layer, query: Tensor, key: Tensor | None, value: Tensor | None) -> Tensor:
         """Store keys and values, and weigh the values."""
         model, graph = self.model, self.graph
         where = HOST if model.cache_on_host else layer.device
-        query = self.turn(query, layer.heads * layer.key, layer.window, "k")
+        query = self.turn(query, layer.heads * layer.key, layer, "k")
         if key is not None and value is not None:
-            key = self.turn(key, layer.kv_heads * layer.key, layer.window, "k")
-            value = self.turn(value, layer.kv_heads * layer.value, layer.window, "v")
+            key = self.turn(key, layer.kv_heads * layer.key, layer, "k")
+            value = self.turn(value, layer.kv_heads * layer.value, layer, "v")
         keys, values = stored(where), stored(where)
         graph.expand(query)
         for tensor in (value, key) if model.window_cells == 0 else (key, value):
@@ -208,7 +211,7 @@ class Forward:
                 graph.expand(store)
         result = self.weigh(layer, query, view(keys), view(values), self.mask(layer.window))
         if model.rotated[1]:
-            result = self.turn(result, layer.heads * layer.value, layer.window, "v")
+            result = self.turn(result, layer.heads * layer.value, layer, "v")
         return result
 
     def weigh(self, layer: Layer, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, expand: int = 0) -> Tensor:
@@ -220,7 +223,7 @@ class Forward:
             if expand:
                 result = self.make(layer.heads * expand, view(result), pin=layer.device)
                 result = self.make(layer.heads * expand, view(result))
-            result = view(result, same=True)
+            result = view(result)
         else:
             scores = self.make(cells * layer.heads, keys, looked)
             scores = self.make(cells * layer.heads, scores, mask, inplace=True)
@@ -241,8 +244,8 @@ class Forward:
             whole = self.make(queries + rows + values, normed, pin=layer.device)
             query, key, value = view(whole), view(whole), view(whole)
         else:
-            query = self.make(queries, normed, pin=layer.device)
-            key = self.make(rows, normed, pin=layer.device)
+            query = view(self.make(queries, normed, pin=layer.device))
+            key = view(self.make(rows, normed, pin=layer.device))
             value = self.make(values, normed, pin=layer.device)
         if family.head_norm:
             query = self.norm(query, queries, layer.device)
@@ -265,7 +268,7 @@ class Forward:
             act = self.make(length, gate, up, rows=rows)
         return self.make(self.model.width, act, pin=device, rows=rows)
 
-    def mixture(self, layer: Layer, of: Tensor, rows: int, logits: Optional[Tensor] = None) -> Tensor:
+    def mixture(self, layer: Layer, of: Tensor, rows: int, logits: Tensor | None = None) -> Tensor:
         model, family, graph = self.model, self.model.family, self.graph
         used, count, length, width = model.used, model.experts, model.expert_forward, model.width
         device = layer.experts_device
@@ -280,9 +283,9 @@ class Forward:
         if family.softmax_late:
             weights = self.make(used, weights, inplace=True, rows=rows)
         if family.normed_weights:
-            total = self.make(1, view(weights, same=True), rows=rows)
+            total = self.make(1, view(weights), rows=rows)
             total = self.make(1, total, inplace=True, rows=rows)
-            weights = self.make(used, view(weights, same=True), total, inplace=True, rows=rows)
+            weights = self.make(used, view(weights), total, inplace=True, rows=rows)
         graph.expand(weights)
         each = view(of)
         if model.merged:
@@ -384,7 +387,7 @@ class Forward:
         turned_query = self.make(heads * turned, view(query), self.positions, inplace=True)
         absorbed = self.make(heads * rank, view(view(query)), pin=device)
         full = self.make(heads * (rank + turned), view(absorbed), turned_query)
-        new = self.make(rank + turned, view(compressed, same=True), turned_key)
+        new = self.make(rank + turned, view(compressed), turned_key)
         cache = stored(HOST if model.cache_on_host else device)
         graph = self.graph
         graph.expand(full)
@@ -403,11 +406,11 @@ class Forward:
         """Gemma 4: values are normed too; global layers make them of their keys."""
         device = layer.device
         queries, rows, values = layer.heads * layer.key, layer.kv_heads * layer.key, layer.kv_heads * layer.value
-        query = self.rope(self.norm(self.make(queries, normed, pin=device), queries, device), queries)
+        query = self.rope(self.norm(view(self.make(queries, normed, pin=device)), queries, device), queries)
         key = self.make(rows, normed, pin=device)
         value = self.make(values, normed, pin=device) if layer.own_values else key
-        value = self.make(values, value, inplace=True)
-        key = self.rope(self.norm(key, rows, device), rows)
+        value = self.make(values, view(value), inplace=True)
+        key = self.rope(self.norm(view(key), rows, device), rows)
         return self.make(self.model.width, self.attend(layer, query, key, value), pin=device)
 
     def both(self, layer: Layer, middle: Tensor, rows: int) -> Tensor:
@@ -428,7 +431,7 @@ class Forward:
         device = layer.device
         queries, rows = layer.heads * layer.key, layer.kv_heads * layer.key
         pair = self.make(2 * queries, normed, pin=device)
-        key = self.make(rows, normed, pin=device)
+        key = view(self.make(rows, normed, pin=device))
         value = self.make(rows, normed, pin=device)
         query = self.rope(self.norm(view(pair), queries, device), queries)
         key = self.rope(self.norm(key, rows, device), rows)
@@ -460,9 +463,7 @@ class Forward:
         decay = self.make(heads, decay, inplace=True, pin=device)
         last = self.state_rows(cached, (kernel - 1) * channels)
         sequences = model.sequences
-        window = Tensor(
-            F32 * channels * (model.tokens + (kernel - 1) * sequences), (view(last, same=True), view(mixed))
-        )
+        window = Tensor(F32 * channels * (model.tokens + (kernel - 1) * sequences), (view(last), view(mixed)))
         update = view(cached)
         update.plain = False
         update.reads = [view(window), cached]
@@ -473,17 +474,17 @@ class Forward:
         query = self.make(groups * state, view(convolved))
         key = self.make(groups * state, view(convolved))
         if groups != heads:
-            query = self.make(heads * state, view(query, same=True))
-            key = self.make(heads * state, view(key, same=True))
+            query = self.make(heads * state, view(query))
+            key = self.make(heads * state, view(key))
         out = Tensor(
             F32 * (inner * model.tokens + head * head * heads * sequences),
             (
-                view(query, True),
-                view(key, True),
+                view(query),
+                view(key),
                 view(convolved),
-                view(decay, True),
-                view(beta, True),
-                view(sum_rows, True),
+                view(decay),
+                view(beta),
+                view(sum_rows),
             ),
         )
         update = view(sums)
@@ -491,9 +492,9 @@ class Forward:
         update.reads = [view(out), sums]
         graph.expand(update)
         normal = self.norm(view(out), inner, device)
-        gate = self.make(inner, view(gate_in, same=True), inplace=True)
+        gate = self.make(inner, view(gate_in), inplace=True)
         result = self.make(inner, normal, gate, inplace=True)
-        return self.make(model.width, view(result, same=True), pin=device)
+        return view(self.make(model.width, view(result), pin=device))
 
     def state_rows(self, cache: Tensor, elements: int) -> Tensor:
         """The states of the sequences of a batch; the others' are moved."""

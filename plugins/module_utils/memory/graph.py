@@ -11,8 +11,6 @@ its last reader. The largest extent on a device is its compute buffer. The rules
 
 from __future__ import annotations
 
-from typing import Optional
-
 ALIGNMENT = 64
 HOST = -1  # the processor, which has the last word on what nobody else takes
 
@@ -22,7 +20,7 @@ class Tensor:
 
     __slots__ = (
         "address", "allocated", "base", "children", "device", "inplace", "input", "layout", "none", "output", "owner",
-        "pin", "plain", "reads", "room", "size", "views",
+        "pin", "plain", "reads", "size", "views",
     )  # fmt: skip
 
     def __init__(
@@ -31,22 +29,22 @@ class Tensor:
         reads: tuple[Tensor, ...] = (),
         layout: object = None,
         inplace: bool = False,
-        pin: Optional[int] = None,
+        pin: int | None = None,
     ) -> None:
         self.size = -(-size // ALIGNMENT) * ALIGNMENT
         self.reads: list[Tensor] = list(reads)
         self.layout = self if layout is None else layout
         self.inplace = inplace
         self.pin = pin  # the device that it must be computed on
-        self.base: Optional[Tensor] = None  # whose data it shows
+        self.base: Tensor | None = None  # whose data it shows
         self.plain = False  # a mere view, which no device computes
         self.none = False  # computed by nobody: an input, a copy
         self.input = self.output = False
         self.owner = False  # its data lie elsewhere (weights, caches)
-        self.device: Optional[int] = None
+        self.device: int | None = None
         self.allocated = False
         self.children = self.views = 0
-        self.address = self.room = 0
+        self.address = 0
 
 
 class Graph:
@@ -68,9 +66,9 @@ class Graph:
         return tensor
 
 
-def view(of: Tensor, same: bool = False) -> Tensor:
-    """Return another look at a tensor's data; the same one when only the shape differs."""
-    tensor = Tensor(0, (of,), of.layout if same else None)
+def view(of: Tensor) -> Tensor:
+    """Return another look at a tensor's data. Nothing is computed in place of what is only looked at."""
+    tensor = Tensor(0, (of,))
     tensor.base = of.base or of
     tensor.plain = True
     return tensor
@@ -111,9 +109,7 @@ def _assign(graph: Graph, devices: int) -> None:
         return
     host = devices
     for tensor in graph.leaves:
-        if tensor.device is None:
-            tensor.device = host
-        elif tensor.device == HOST:
+        if tensor.device in (None, HOST):
             tensor.device = host
     todo = []
     for tensor in graph.nodes:
@@ -125,7 +121,7 @@ def _assign(graph: Graph, devices: int) -> None:
         elif tensor.base is not None and tensor.base.owner:
             tensor.device = tensor.base.device
     for order, hosts in ((todo, False), (todo[::-1], False), (todo, True), (todo[::-1], True)):
-        current: Optional[int] = None
+        current: int | None = None
         for tensor in order:
             if tensor.device is None:
                 tensor.device = current
@@ -150,7 +146,7 @@ def _split(graph: Graph, devices: int, copies: int) -> tuple[list[Tensor], list[
                 leaf.output = True
                 extra.append(leaf)
                 extra += [_duplicate(leaf, leaf.device) for _ in range(copies - 1)]
-    current: Optional[int] = None
+    current: int | None = None
     part: list[Tensor] = []
     crossing: list[tuple[Tensor, Tensor]] = []
 
@@ -191,7 +187,7 @@ def _split(graph: Graph, devices: int, copies: int) -> tuple[list[Tensor], list[
     return nodes, extra + graph.leaves
 
 
-def _duplicate(tensor: Tensor, device: Optional[int]) -> Tensor:
+def _duplicate(tensor: Tensor, device: int | None) -> Tensor:
     size = tensor.size
     root = tensor
     while not size and root.reads:
@@ -254,19 +250,17 @@ def _allocate(nodes: list[Tensor], leaves: list[Tensor], pools: list[_Pool]) -> 
         tensor.allocated = True
         if tensor.inplace:
             for parent in tensor.reads:
-                root = parent.base or parent
-                if not root.allocated or root.output or parent.layout is not tensor.layout:
-                    if parent.layout != tensor.layout or not root.allocated or root.output:
-                        continue
-                if parent.children != 1 or parent.views:
-                    continue
-                if parent.base is not None and (root.views != 1 or root.children):
-                    continue
-                tensor.device, tensor.address, tensor.room = root.device, root.address, root.size
-                root.allocated = False
-                if root.size > tensor.size:
-                    pools[root.device or 0].give(root.address + tensor.size, root.size - tensor.size)
-                return
+                if (
+                    parent.base is None
+                    and parent.allocated
+                    and not parent.output
+                    and parent.layout == tensor.layout
+                    and parent.children == 1
+                    and not parent.views
+                ):
+                    tensor.device, tensor.address = parent.device, parent.address
+                    parent.allocated = False
+                    return
         tensor.address = pools[tensor.device or 0].take(tensor.size)
 
     def free(tensor: Tensor) -> None:
