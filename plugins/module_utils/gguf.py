@@ -25,7 +25,8 @@ MAX_STRINGS = 2_000_000  # in all string arrays together
 MAX_NAME = 1024  # bytes of a key or of a tensor's name
 MAX_KEPT = 4096  # bytes; longer values (chat templates, token lists) are counted and passed over
 MAX_BLOCKS = 4096
-MAX_NUMBER = 1 << 40  # of the architecture's own numbers; those of layers are limited by MAX_BLOCKS
+MAX_NUMBER = 1 << 40  # of the architecture's own numbers
+COUNTED = ("block_count", "nextn_predict_layers", "expert_count", "expert_used_count")  # at most MAX_BLOCKS each
 MAX_SHARDS = 1024
 FIRST_CHUNK, LAST_CHUNK = 64 << 10, 4 << 20
 
@@ -482,6 +483,12 @@ def shape(headers: list[Header]) -> dict[str, Any]:
     embedding_length = first.whole(prefix + "embedding_length")
     widest = max(head_count) if isinstance(head_count, list) else head_count
     head_length = embedding_length // widest if embedding_length and widest and widest > 0 else None
+    experts = first.whole(prefix + "expert_count") or 0
+    # Some models use more of them in some layers.
+    used = _per_layer(first.value(prefix + "expert_used_count")) or 0
+    used = max(used) if isinstance(used, list) else used
+    if experts and used <= 0:
+        raise GGUFError(f"it has {experts} experts and uses none of them. Fetch the file again")
     key_length = first.whole(prefix + "attention.key_length")
     value_length = first.whole(prefix + "attention.value_length")
     vocab_size = first.lengths.get("tokenizer.ggml.tokens") or first.whole(prefix + "vocab_size")
@@ -505,8 +512,8 @@ def shape(headers: list[Header]) -> dict[str, Any]:
         "head_count_kv": head_count if head_count_kv is None else head_count_kv,
         "key_length": head_length if key_length is None else key_length,
         "value_length": head_length if value_length is None else value_length,
-        "expert_count": first.whole(prefix + "expert_count") or 0,
-        "expert_used_count": first.whole(prefix + "expert_used_count") or 0,
+        "expert_count": experts,
+        "expert_used_count": used,
         "pooling": POOLING.get(first.whole(prefix + "pooling_type")),
         "tokenizer": first.text("tokenizer.ggml.model"),
         "vocab_size": vocab_size or embedded,
@@ -523,13 +530,13 @@ def shape(headers: list[Header]) -> dict[str, Any]:
 
 
 def _check_numbers(header: Header, prefix: str) -> None:
-    """Planning counts in these numbers, so none may be beyond all models."""
+    """Planning counts to these numbers, so none may be beyond all models."""
     for key in header.metadata:
         if not key.startswith(prefix):
             continue
         value = header.value(key)
         name = key[len(prefix) :]
-        most = MAX_BLOCKS if name in ("block_count", "nextn_predict_layers") else MAX_NUMBER
+        most = MAX_BLOCKS if name in COUNTED else MAX_NUMBER
         for number in value if isinstance(value, list) else [value]:
             if not isinstance(number, int):
                 continue

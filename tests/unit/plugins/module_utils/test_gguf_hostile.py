@@ -17,7 +17,7 @@ import time
 
 import pytest
 from ansible_collections.homelab.inference.plugins.module_utils import gguf
-from ansible_collections.homelab.inference.plugins.module_utils.memory import cache, weights
+from ansible_collections.homelab.inference.plugins.module_utils.memory.predict import predict
 from ansible_collections.homelab.inference.tests.unit.plugins.module_utils import gguf_files as files
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -71,10 +71,22 @@ def test_a_huge_number_anywhere_breaks_nothing(real: bytes, number: int) -> None
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("block_count", 4097), ("block_count", 1 << 60), ("nextn_predict_layers", 1 << 31), ("embedding_length", 1 << 60)],
+    [
+        ("block_count", 4097),
+        ("block_count", 1 << 60),
+        ("nextn_predict_layers", 1 << 31),
+        ("expert_used_count", 1 << 31),
+        ("embedding_length", 1 << 60),
+    ],
 )
 def test_numbers_that_planning_would_count_to_are_refused(key: str, value: int) -> None:
     assert f"its llama.{key} is {value}, which no real model has" in outcome(header("llama", {key: value}), None)
+
+
+def test_experts_that_nobody_asks_are_refused() -> None:
+    assert "it has 8 experts and uses none" in outcome(header("llama", {"expert_count": 8}), None)
+    data = header("llama", {"expert_count": 8, "expert_used_count": [2, 4]})
+    assert gguf.shape([gguf.read_header(io.BytesIO(data))])["expert_used_count"] == 4
 
 
 def header(architecture: str, values: dict[str, object]) -> bytes:
@@ -121,6 +133,6 @@ def test_planning_with_odd_numbers_ends_in_a_number_or_a_sentence(name: str, dat
     except gguf.GGUFError:
         return
     options = {"ctx-size": 8192, "parallel": 2, "n-gpu-layers": "all"}
-    for part in weights.weights(shape, options, [GPU]) + cache.cache(shape, options, [GPU]):
+    for part in predict(shape, options, [GPU], "cuda"):
         assert part["bytes"] >= 0
     assert time.process_time() - started < 1
