@@ -59,8 +59,8 @@ def unknown(shape: dict[str, Any]) -> list[str]:
 
 
 def output_bytes(shape: dict[str, Any], chosen: Settings) -> int:
-    """Return the bytes in which results wait on the host to be read: logits, or embeddings."""
-    width = int((shape["embedding_length"] if chosen.embedding else shape["vocab_size"]) or 0)
+    """Return the bytes in which results wait on the host: logits, and embeddings where they are asked for."""
+    width = int(shape["vocab_size"] or 0) + (int(shape["embedding_length"] or 0) if chosen.embedding else 0)
     return 4 * width * chosen.slots
 
 

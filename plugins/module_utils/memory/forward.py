@@ -237,16 +237,20 @@ class Forward:
                 result.pin = HOST
         return self.graph.expand(result)
 
+    def projected(self, layer: Layer, normed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values."""
+        queries, rows, values = layer.heads * layer.key, layer.kv_heads * layer.key, layer.kv_heads * layer.value
+        if self.model.family.fused:
+            whole = self.make(queries + rows + values, normed, pin=layer.device)
+            return view(whole), view(whole), view(whole)
+        query = view(self.make(queries, normed, pin=layer.device))
+        key = view(self.make(rows, normed, pin=layer.device))
+        return query, key, view(self.make(values, normed, pin=layer.device))
+
     def attention(self, layer: Layer, normed: Tensor) -> Tensor:
         model, family = self.model, self.model.family
-        queries, rows, values = layer.heads * layer.key, layer.kv_heads * layer.key, layer.kv_heads * layer.value
-        if family.fused:
-            whole = self.make(queries + rows + values, normed, pin=layer.device)
-            query, key, value = view(whole), view(whole), view(whole)
-        else:
-            query = view(self.make(queries, normed, pin=layer.device))
-            key = view(self.make(rows, normed, pin=layer.device))
-            value = self.make(values, normed, pin=layer.device)
+        queries, rows = layer.heads * layer.key, layer.kv_heads * layer.key
+        query, key, value = self.projected(layer, normed)
         if family.head_norm:
             query = self.norm(query, queries, layer.device)
         query = self.rope(query, queries)
@@ -321,10 +325,17 @@ class Forward:
             result = self.make(model.width, result, shared, inplace=True, rows=rows)
         return result
 
+    def center(self, of: Tensor, device: int | None) -> Tensor:
+        """A norm that takes the mean away first, which is never computed in place; its weight and bias."""
+        width = self.model.width
+        return self.make(width, self.make(width, of), inplace=True, pin=device)
+
     # --- whole passes -------------------------------------------------------------------------------------------
 
     def build(self) -> Graph:
         model, family, width = self.model, self.model.family, self.model.width
+        if family.kind == "encoder":
+            return self.encoder()
         start = self.embeddings()
         rows = model.tokens
         for number, layer in enumerate(model.layers):
@@ -511,3 +522,39 @@ class Forward:
         moved.reads = [extra, cache]
         graph.expand(moved)
         return rows
+
+    def encoder(self) -> Graph:
+        """All tokens at once, each seeing all others; no cache, and one vector of the mean in the end."""
+        model, width = self.model, self.model.width
+        padded = -(-model.tokens // 256) * 256
+        mask = given((F16 if model.flash else F32) * padded * model.tokens)
+        start = self.make(width, self.embeddings(), inplace=True)
+        start = self.center(start, model.layers[0].device)
+        for layer in model.layers:
+            rows = layer.kv_heads * layer.key
+            query, key, value = self.projected(layer, start)
+            query, key = self.rope(query, layer.heads * layer.key), self.rope(key, rows)
+            for tensor in (query, key, value):
+                self.graph.expand(tensor)
+            if model.flash:
+                keys = self.make(rows, view(self.make(rows, key, rows=padded)), rows=padded, size=F16)
+                values = self.make(rows, view(self.make(rows, value, rows=padded)), rows=padded, size=F16)
+                result = self.make(layer.heads * layer.value, view(query), keys, values, mask)
+            else:
+                values = self.make(rows, view(self.make(rows, value, rows=padded)), rows=padded)
+                self.graph.expand(values)
+                scores = self.make(padded * layer.heads, view(self.make(rows, key, rows=padded)), view(query))
+                scores = self.make(padded * layer.heads, scores, mask, inplace=True)
+                result = self.make(
+                    layer.heads * layer.value, view(self.make(layer.heads * layer.value, values, scores))
+                )
+            self.graph.expand(result)
+            made = self.make(width, view(result), pin=layer.device)
+            middle = self.center(self.make(width, made, start, inplace=True), layer.device)
+            made = self.forward(layer, middle, layer.forward, model.tokens, layer.forward_device)
+            start = self.center(self.make(width, made, middle, inplace=True), layer.device)
+        start.output = True
+        turned = self.make(width, view(start))
+        pooled = Tensor(F32 * width * model.sequences, (turned, given(F32 * model.tokens * model.sequences)))
+        self.graph.expand(pooled)
+        return self.graph
