@@ -16,7 +16,7 @@ import json
 from typing import Any
 
 # What a server's log tells of: the rest of a plan (what a driver keeps, a process's own memory) stands in no log.
-LOGGED = frozenset({"weights", "mapped", "repack", "kv", "recurrent", "compute", "output", "projector", "draft"})
+LOGGED = frozenset({"weights", "repack", "kv", "recurrent", "compute", "output", "projector", "draft"})
 # Beyond this share of what was planned, or this many MiB where that is little, the difference is said.
 TOLERANCE, LEAST_MIB = 0.02, 8
 
