@@ -39,6 +39,32 @@ options:
       - Large files in the cache of Hugging Face have a known one, it is their name.
     type: bool
     default: false
+  calibrate:
+    description:
+      - Whether to ask the server in O(image) how much memory each model would take.
+      - It lays everything out and is stopped before it loads anything, without a network. That takes about two seconds
+        and 200 MiB for each model, however large it is. Of a file that is not there in full, the header will do.
+      - The result is for the option C(calibrations) of M(homelab.inference.vram_plan).
+    type: bool
+    default: false
+  image:
+    description: Image with llama-server, which is there already. Required with O(calibrate).
+    type: str
+  server_options:
+    description: Long options of llama-server without dashes, as it will run with them.
+    type: dict
+    default: {}
+  device_count:
+    description:
+      - How many devices the layers are spread over. C(ggml-rpc-server) of the image stands in for each.
+      - With 0 the processor has everything.
+    type: int
+    default: 0
+  mode:
+    description: What the server is for.
+    type: str
+    choices: [chat, embedding]
+    default: chat
 seealso:
   - module: homelab.inference.model_source_info
 """
@@ -59,6 +85,13 @@ EXAMPLES = r"""
   homelab.inference.gguf_info:
     paths: [/srv/models/gpt-oss-120b-mxfp4-00001-of-00003.gguf]
     sha256: true
+
+- name: Let the engine itself say what it would take
+  homelab.inference.gguf_info:
+    paths: [/srv/models/qwen3-8b-q4_k_m.gguf]
+    calibrate: true
+    image: ghcr.io/ggml-org/llama.cpp:server
+    server_options: {ctx-size: 32768, parallel: 2}
 """
 
 RETURN = r"""
@@ -226,6 +259,31 @@ files:
           description: The architecture's other whole numbers and switches, by the key without its prefix.
           type: dict
           sample: {attention.sliding_window: 1024, feed_forward_length: 6144}
+calibrations:
+  description: What the engine said, one entry for each model that it could be asked about.
+  returned: always
+  type: list
+  elements: dict
+  contains:
+    path:
+      description: As in RV(files).
+      type: str
+      sample: /srv/models/qwen3-8b-q4_k_m.gguf
+    image:
+      description: Digest of the image that was asked.
+      type: str
+      sample: sha256:17afbf101ae0
+    shape:
+      description: Digest of everything in the model's shape that the buffers depend on.
+      type: str
+    class:
+      description: In words, what must be alike for another server's buffers to follow from these.
+      type: str
+      sample: 0 devices, 33 host, experts 0, slots 2, flash True, kv f16 f16
+    points:
+      description: Size of a batch, tokens of one cache, and the buffers by place and kind in bytes.
+      type: list
+      elements: dict
 problems:
   description: Files and directories that cannot be used, each with one sentence.
   returned: always
@@ -244,8 +302,76 @@ problems:
         Fetch the rest of it.
 """
 
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
 from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.homelab.inference.plugins.module_utils import dry_pass, gguf
+from ansible_collections.homelab.inference.plugins.module_utils.llama_log import LlamaLogError
+from ansible_collections.homelab.inference.plugins.module_utils.memory.calibration import calibration, variants
 from ansible_collections.homelab.inference.plugins.module_utils.model_library import Index
+
+SECONDS = 300  # that all answers about one model may take
+
+
+class _Unasked(Exception):
+    """The engine gave no answer about a model."""
+
+
+def _image(module: AnsibleModule) -> str:
+    """The image's digest."""
+    name = module.params["image"]
+    rc, out, err = module.run_command(["docker", "image", "inspect", "--format", "{{.Id}}", name])
+    if rc:
+        module.fail_json(
+            msg=f"Cannot calibrate with image {name}: {err.strip().splitlines()[-1:] or rc}. Pull it onto this node."
+        )
+    return str(out.strip())
+
+
+def _whole(path: Path, stack: ExitStack) -> tuple[gguf.Header, Path]:
+    """A file's header, and the file itself; one with a hole in place of its tensors where they are not there."""
+    with path.open("rb", buffering=0) as stream:
+        header = gguf.read_header(stream)
+        stream.seek(0, 2)
+        if stream.tell() >= header.file_bytes:
+            return header, path.resolve()
+        copy = Path(stack.enter_context(tempfile.TemporaryDirectory())) / path.name
+        stream.seek(0)
+        with copy.open("wb") as target:
+            target.write(stream.read(header.header_bytes))
+            target.truncate(header.file_bytes)
+    return header, copy
+
+
+def _ask(module: AnsibleModule, path: Path, image: str) -> dict[str, Any]:
+    """What the engine says of one model."""
+    options, count = module.params["server_options"], module.params["device_count"]
+    with ExitStack() as stack:
+        try:
+            files = [_whole(one, stack) for one in gguf.shard_paths(path)]
+            shape = gguf.shape([header for header, _file in files])
+        except (gguf.GGUFError, OSError) as error:
+            raise _Unasked(f"Cannot use {path}: {error}.") from error
+        mounts = {str(file): one.name for (_header, file), one in zip(files, gguf.shard_paths(path))}
+        runs = variants(shape, options)
+        first = gguf.shard_names(path.name)[0]
+        lines = [dry_pass.case(number, first, given, count, module.params["mode"]) for number, given in enumerate(runs)]
+        command = ["timeout", str(SECONDS), *dry_pass.command(module.params["image"], mounts)]
+        rc, out, err = module.run_command(command, data="\n".join(lines), errors="replace")
+    texts = dry_pass.texts(out)
+    if rc or len(texts) != len(runs):
+        raise _Unasked(f"Cannot ask {module.params['image']} about {path}: {err.strip()[-300:] or rc}. Try it by hand.")
+    try:
+        answers = [(given, dry_pass.buffers(text, count)) for given, text in zip(runs, texts)]
+    except LlamaLogError as error:
+        raise _Unasked(f"Cannot ask {module.params['image']} about {path}: {error}") from error
+    if module.params["mode"] == "embedding":
+        options, answers = {**options, "embedding": True}, [({**given, "embedding": True}, a) for given, a in answers]
+    devices = [{"id": f"gpu{index}", "vendor": "emulated", "memory_mib": 1} for index in range(count)]
+    return {"path": str(path), **calibration(image, shape, options, devices, answers)}
 
 
 def main() -> None:
@@ -254,14 +380,30 @@ def main() -> None:
             "libraries": {"type": "list", "elements": "path", "default": []},
             "paths": {"type": "list", "elements": "path", "default": []},
             "sha256": {"type": "bool", "default": False},
+            "calibrate": {"type": "bool", "default": False},
+            "image": {"type": "str"},
+            "server_options": {"type": "dict", "default": {}},
+            "device_count": {"type": "int", "default": 0},
+            "mode": {"type": "str", "choices": ["chat", "embedding"], "default": "chat"},
         },
+        required_if=[("calibrate", True, ["image"])],
         supports_check_mode=True,
     )
     index = Index(module.params["sha256"])
     for library in module.params["libraries"]:
         index.add_library(library)
     index.add_files(module.params["paths"])
-    module.exit_json(changed=False, files=index.files, problems=index.problems)
+    calibrations = []
+    if module.params["calibrate"]:
+        image = _image(module)
+        known = [Path(entry["library"] or "") / entry["path"] for entry in index.files if not entry["mmproj"]]
+        named = [Path(path) for path in module.params["paths"]]
+        for path in dict.fromkeys(known + [path for path in named if path not in known]):
+            try:
+                calibrations.append(_ask(module, path, image))
+            except _Unasked as error:
+                index.problems.append({"path": str(path), "error": str(error)})
+    module.exit_json(changed=False, files=index.files, calibrations=calibrations, problems=index.problems)
 
 
 if __name__ == "__main__":

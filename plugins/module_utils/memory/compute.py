@@ -13,6 +13,7 @@ from functools import lru_cache
 from typing import Any
 
 from ansible_collections.homelab.inference.plugins.module_utils.memory.cache import _Model
+from ansible_collections.homelab.inference.plugins.module_utils.memory.calibration import corrected, fits
 from ansible_collections.homelab.inference.plugins.module_utils.memory.forward import (
     FAMILIES,
     Family,
@@ -37,10 +38,17 @@ def compute(
     backend: str,
     calibration: dict[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
-    """Return the parts of kind compute and output."""
+    """Return the parts of kind compute and output.
+
+    :param calibration: what the engine's dry pass said (see calibration.py); of another model or for other options it
+        is passed over.
+    """
     chosen = settings(options, shape)
     source = "bound" if unknown(shape) else "computed"
     found = buffers(shape, chosen, devices)
+    if calibration and fits(calibration, shape, options, devices):
+        source = "calibrated"
+        found = _calibrated(calibration, shape, options, devices, found)
     parts = [
         {"where": place, "kind": "compute", "bytes": size, "source": source} for place, size in found.items() if size
     ]
@@ -48,6 +56,25 @@ def compute(
     if size:
         parts.append({"where": HOST, "kind": "output", "bytes": size, "source": source})
     return parts
+
+
+def _calibrated(
+    known: dict[str, Any],
+    shape: dict[str, Any],
+    options: dict[str, Any],
+    devices: list[dict[str, Any]],
+    found: dict[str, int],
+) -> dict[str, int]:
+    chosen = settings(options, shape)
+    said: dict[str, dict[tuple[int, int], int]] = {place: {} for place in found}
+    for point in known["points"]:
+        there = {**options, "ubatch-size": point["ubatch"], "ctx-size": point["cells"] * chosen.streams}
+        for place, size in buffers(shape, settings(there, shape), devices).items():
+            said[place][point["ubatch"], point["cells"]] = size
+    names = {device["id"]: f"gpu{index}" for index, device in enumerate(devices)}
+    return {
+        place: corrected(known, names.get(place, place), chosen, said[place], size) for place, size in found.items()
+    }
 
 
 def unknown(shape: dict[str, Any]) -> list[str]:
@@ -116,7 +143,8 @@ def _pass(shape: dict[str, Any], chosen: Settings, devices: list[dict[str, Any]]
     expert_forward = number("expert_feed_forward_length", max((layer.forward for layer in layers), default=0))
     shared = number("expert_shared_feed_forward_length") or number("expert_shared_count") * expert_forward
     turned = [kind.startswith(("q", "iq")) and family.kind != "latent" for kind in (chosen.type_k, chosen.type_v)]
-    tokens = min(chosen.ubatch, chosen.batch)
+    sequences = min(chosen.slots, chosen.ubatch)
+    tokens = -(-chosen.ubatch // sequences) * sequences  # all sequences get as many
     architecture = str(shape["architecture"])
     return Pass(
         family=family,
@@ -124,7 +152,7 @@ def _pass(shape: dict[str, Any], chosen: Settings, devices: list[dict[str, Any]]
         vocabulary=int(shape["vocab_size"] or 0),
         tokens=tokens,
         outputs=tokens if chosen.embedding else chosen.slots,
-        sequences=min(chosen.slots, tokens),
+        sequences=sequences,
         cells=chosen.cells,
         window_cells=(
             model._window_cells(chosen.slots if chosen.unified else 1) if any(layer.window for layer in layers) else 0
