@@ -20,13 +20,29 @@ REORDERED = {
     "aarch64": ("Q1_0", "Q4_0", "Q4_K", "Q5_K", "Q6_K", "Q8_0", "IQ4_NL", "MXFP4"),
 }
 # Devices without pinned host memory of their own; beside others, weights on the processor stay as they are in the file.
-WITHOUT_HOST_BUFFER = ("emulated", "apple")
+WITHOUT_HOST_BUFFER = frozenset(("emulated", "apple"))
+# They need no output, or take the token table itself for it.
+WITHOUT_OUTPUT = frozenset(
+    (
+        "bert",
+        "bitnet",
+        "eurobert",
+        "jina-bert-v2",
+        "jina-bert-v3",
+        "modern-bert",
+        "neo-bert",
+        "nomic-bert",
+        "nomic-bert-moe",
+    )
+)
+# The engine makes their tied output before the token table, and does not see that the two are one.
+TWICE = frozenset(("gemma3n", "gemma4"))
 # Its layers after the last are no predictions of further tokens: they belong to the model.
 ROUTER = "graniteswitch"
 
 
 def weights(
-    shape: dict[str, Any], options: dict[str, Any], devices: list[dict[str, Any]], machine: str = "x86_64"
+    shape: dict[str, Any], options: dict[str, Any], devices: list[dict[str, Any]], machine: str | None = None
 ) -> list[dict[str, Any]]:
     """Return a part for each place that holds weights; what the processor reorders is P(repacked) and not in it."""
     chosen = settings(options, shape)
@@ -43,7 +59,7 @@ def weights(
 
 
 def repacked(
-    shape: dict[str, Any], options: dict[str, Any], devices: list[dict[str, Any]], machine: str = "x86_64"
+    shape: dict[str, Any], options: dict[str, Any], devices: list[dict[str, Any]], machine: str | None = None
 ) -> int:
     """Return how many bytes of the weights on the processor it keeps in another order, outside the file.
 
@@ -58,10 +74,12 @@ def repacked(
 
 
 def _reordered(
-    shape: dict[str, Any], chosen: Settings, devices: list[dict[str, Any]], machine: str, part: str, index: int
+    shape: dict[str, Any], chosen: Settings, devices: list[dict[str, Any]], machine: str | None, part: str, index: int
 ) -> int:
-    if not chosen.repack or any(device.get("vendor") not in WITHOUT_HOST_BUFFER for device in devices):
+    vendors = {device.get("vendor") for device in devices}
+    if not chosen.repack or not vendors <= WITHOUT_HOST_BUFFER:
         return 0
+    machine = machine or ("aarch64" if "apple" in vendors else "x86_64")
     total = 0
     for name in REORDERED.get(machine, ()):
         size = shape.get("repack_bytes", {}).get(name, {}).get(part, 0)
@@ -78,10 +96,11 @@ def _pieces(shape: dict[str, Any], chosen: Settings, devices: list[dict[str, Any
         (where[0], "other", 0, shape["other_bytes"]),
         (where[-1], "output", 0, shape["output_bytes"]),
     ]
-    if shape["tied_output"]:
-        # On the processor the output is the table itself, unless it is kept in another order.
-        size = shape.get("embedding_bytes", shape["input_bytes"]) if where[-1] != HOST else 0
-        pieces.append((where[-1], "embedding", 0, size))
+    if shape["tied_output"] and shape["architecture"] not in WITHOUT_OUTPUT:
+        # On the processor the output is the table itself, unless it is kept in another order. Two maps of one part of
+        # a file are the same memory.
+        second = where[-1] != HOST or (shape["architecture"] in TWICE and not chosen.mmap)
+        pieces.append((where[-1], "embedding", 0, shape.get("embedding_bytes", shape["input_bytes"]) if second else 0))
     experts, dense = shape["expert_bytes"], shape.get("ffn_bytes", [])
     for index, size in enumerate(shape["block_bytes"][: loaded(shape)]):
         moved = experts[index] if index < len(experts) else 0
