@@ -462,8 +462,8 @@ class Forward:
         gate_in = self.make(inner, normed, pin=device)
         cached, sums = stored(device), stored(device)
         if not model.family.paired:
-            beta = self.make(heads, normed, pin=device)
-            alpha = self.make(heads, normed, pin=device)
+            beta = view(self.make(heads, normed, pin=device))
+            alpha = view(self.make(heads, normed, pin=device))
         else:
             pair = self.make(2 * heads, normed, pin=device)
             beta = self.make(heads, view(pair))
@@ -484,7 +484,7 @@ class Forward:
         convolved = self.make(channels, convolved, inplace=True)
         query = self.make(groups * state, view(convolved))
         key = self.make(groups * state, view(convolved))
-        if groups != heads:
+        if groups != heads and model.family.paired:
             query = self.make(heads * state, view(query))
             key = self.make(heads * state, view(key))
         out = Tensor(
