@@ -8,10 +8,12 @@ from __future__ import annotations
 from typing import Any
 
 from ansible_collections.homelab.inference.plugins.module_utils.memory import cache as caches
+from ansible_collections.homelab.inference.plugins.module_utils.memory import compute as computing
 from ansible_collections.homelab.inference.plugins.module_utils.memory.cache import cache
+from ansible_collections.homelab.inference.plugins.module_utils.memory.compute import compute
 from ansible_collections.homelab.inference.plugins.module_utils.memory.host import host
-from ansible_collections.homelab.inference.plugins.module_utils.memory.layers import HOST, layer_count
-from ansible_collections.homelab.inference.plugins.module_utils.memory.options import MIB, settings
+from ansible_collections.homelab.inference.plugins.module_utils.memory.layers import HOST
+from ansible_collections.homelab.inference.plugins.module_utils.memory.options import MIB
 from ansible_collections.homelab.inference.plugins.module_utils.memory.weights import repacked, weights
 
 # A draft model has options of its own; what it has none for, it takes from the model that it drafts for.
@@ -63,7 +65,7 @@ def totals(parts: list[dict[str, Any]]) -> dict[str, int]:
 
 def unknown(shape: dict[str, Any]) -> list[str]:
     """Return why a prediction for this model is an upper bound in some part, as sentences; nothing when it is not."""
-    return caches.unknown(shape)
+    return list(dict.fromkeys([*caches.unknown(shape), *computing.unknown(shape)]))
 
 
 def draft_options(options: dict[str, Any]) -> dict[str, Any]:
@@ -107,32 +109,3 @@ def _merged(found: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
         into["bytes"] += part["bytes"]
         into["source"] = max(into["source"], part["source"], key=order.index)
     return [part for part in result.values() if part["bytes"]]
-
-
-def compute(
-    shape: dict[str, Any],
-    options: dict[str, Any],
-    devices: list[dict[str, Any]],
-    backend: str,
-    calibration: dict[str, Any] | None = None,
-) -> list[dict[str, Any]]:
-    """Return a generous figure until compute.py is there."""
-    chosen = settings(options, shape)
-    width, vocabulary = int(shape.get("embedding_length") or 0), int(shape.get("vocab_size") or 0)
-    forward = shape["hparams"].get("feed_forward_length") or 4 * width
-    forward = max(forward) if isinstance(forward, list) else int(forward)
-    heads = shape.get("head_count") or 1
-    heads = max(heads) if isinstance(heads, list) else int(heads)
-    spread = 5 * width + 3 * forward
-    if shape.get("expert_count"):
-        spread = max(spread, 28 * width)
-    size = 4 * chosen.ubatch * spread + 4 * chosen.ubatch * chosen.cells
-    if not chosen.flash_attention:
-        size += 4 * chosen.ubatch * chosen.cells * heads
-    if len(devices) > 1 and chosen.gpu_layers > layer_count(shape):
-        size *= 2
-    outputs = chosen.batch if chosen.embedding else chosen.slots
-    found = [{"where": device["id"], "kind": "compute", "bytes": size, "source": "bound"} for device in devices]
-    found.append({"where": HOST, "kind": "compute", "bytes": size, "source": "bound"})
-    found.append({"where": HOST, "kind": "output", "bytes": 4 * vocabulary * outputs, "source": "bound"})
-    return found
