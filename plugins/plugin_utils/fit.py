@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from ansible_collections.homelab.inference.plugins.module_utils import placement
+from ansible_collections.homelab.inference.plugins.module_utils.memory.predict import predict, totals
 from ansible_collections.homelab.inference.plugins.module_utils.planner import choices as ways
-from ansible_collections.homelab.inference.plugins.module_utils.planner.footprint import Footprints, parts
+from ansible_collections.homelab.inference.plugins.module_utils.planner.footprint import Footprints
 from ansible_collections.homelab.inference.plugins.module_utils.planner.room import Room, backend
 from ansible_collections.homelab.inference.plugins.plugin_utils import lab as lab_module
 from ansible_collections.homelab.inference.plugins.plugin_utils import planning, progress, report, what_if
@@ -28,7 +29,8 @@ from ansible_collections.homelab.inference.plugins.plugin_utils.schema import ne
 QUANTS = ("BF16", "F16", "Q8_0", "Q6_K", "Q5_K_M", "MXFP4", "Q4_K_M", "IQ4_XS", "Q3_K_M", "Q2_K")
 REPO = re.compile(r"^[\w.-]+/[\w.-]+?(?::(?P<quant>[\w.-]+))?$")
 HUB = re.compile(r"^https://(?:huggingface\.co|hf\.co)/(?P<repo>[\w.-]+/[\w.-]+)(?:/(?P<rest>.*))?$")
-MIB = 1 << 20
+# The search's quick numbers are within this part of what a server really takes.
+NEAR = 0.03
 # Contexts are told in steps of this many tokens.
 GRAIN = 1024
 # Up to so many servers on a node every set of them is tried in place of the model, above it only the least important.
@@ -199,27 +201,23 @@ class Fit:
         quant = variant.get("quant") or variant["shape"].get("quant") or "-"
         row = Row(quant, sum(file["size"] for file in variant["files"]), host, "no")
         row.fetch = self.fetch(variant, host, row.size)
-        alone = best(found, room.free())
+        alone = self.best(self.name, found, [variant], room.free())
         if alone is None:
-            lacks = [
-                (max((size - room.free()[at], at) for at, size in choice.needs) if choice.needs else (0, 0))
-                for choice in found
-            ]
-            row.short, at = min(lacks)
-            row.where = room.names[at][1]
+            near = min(found, key=lambda choice: _lack(choice.needs, room.free()))
+            row.short, at = _lack(self.exact(self.name, near, variant).needs, room.free())
+            row.short, row.where = max(row.short, 1), room.names[at][1]
             yield row
             return
-        beside = best(found, self.free(host, here))
+        left = self.free(host, here)
+        beside = self.best(self.name, found, [variant], left)
         if beside:
-            longest = self.longest(beside, variant, host, self.free(host, here))
-            yield replace(row, answer="beside", choice=beside, longest=longest)
+            yield replace(row, answer="beside", choice=beside, longest=self.longest(beside, variant, left))
         # Other servers are named only for a place on cards: all of the model, or all but its experts.
         if beside is None or rank(alone) < min(rank(beside), RANKS["layers_on_cpu"]):
-            gone = self.makes_way(found, host, here, rank(alone))
+            gone, choice = self.makes_way([one for one in found if rank(one) <= rank(alone)], variant, host, here)
             stays = self.free(host, [one for one in here if one not in gone])
-            choice = best(found, stays)
             goes = tuple(self.homes(list(gone), host, choice))
-            longest = self.longest(choice, variant, host, stays)
+            longest = self.longest(choice, variant, stays)
             yield replace(row, answer="instead", choice=choice, longest=longest, gone=gone, goes=goes)
 
     def choices(self, name: str, host: str, quant: int | None = None) -> list[ways.Choice]:
@@ -252,17 +250,24 @@ class Fit:
         return left
 
     def makes_way(
-        self, found: list[ways.Choice], host: str, here: list[dict[str, Any]], wanted: int
-    ) -> tuple[dict[str, Any], ...]:
-        """Return the servers of least importance in whose place the model runs as well as it would on its own."""
-        good = [choice for choice in found if rank(choice) <= wanted]
+        self, found: list[ways.Choice], variant: dict[str, Any], host: str, here: list[dict[str, Any]]
+    ) -> tuple[tuple[dict[str, Any], ...], ways.Choice]:
+        """Return the servers of least importance in whose place the model can run, and how it then runs.
+
+        :param found: ways that fit where nothing else is there, or some of them.
+        """
         here = sorted(here, key=lambda one: (self.priority(one), -sum(one["memory"].values()), one["name"]))
         if len(here) <= ALL_SETS:
             sets = [chosen for size in range(len(here) + 1) for chosen in itertools.combinations(here, size)]
             sets.sort(key=lambda chosen: (sum(self.priority(one) for one in chosen), len(chosen)))
         else:
             sets = [*((one,) for one in here), *(tuple(here[:size]) for size in range(2, len(here) + 1))]
-        return next(chosen for chosen in sets if best(good, self.free(host, [o for o in here if o not in chosen])))
+        for chosen in sets:
+            left = self.free(host, [one for one in here if one not in chosen])
+            choice = self.best(self.name, found, [variant], left)
+            if choice:
+                return chosen, choice
+        raise ValueError("no set of servers makes way, not even all of them")
 
     def priority(self, instance: dict[str, Any]) -> int:
         """Return the priority of a server's model; what left the declaration has none."""
@@ -290,7 +295,8 @@ class Fit:
                 for other in model["nodes"] or self.nodes
                 if other in self.nodes and (model["nodes"] or self.nodes[other]["presence"] == "always")
             ]
-            found = [(best(self.choices(name, other), left[other]), other) for other in allowed]
+            files = ways.variants(self.resolved[name])
+            found = [(self.best(name, self.choices(name, other), files, left[other]), other) for other in allowed]
             fitting = [(way, other) for way, other in found if way]
             if not fitting:
                 yield f"{one['name']} (which then has no place)"
@@ -300,25 +306,42 @@ class Fit:
                 left[other][at] -= size
             yield f"{one['name']} (which then runs on {other} {place(way)}, {way.step.context} tokens)"
 
-    def longest(self, choice: ways.Choice, variant: dict[str, Any], host: str, free: list[int]) -> int:
+    def exact(self, name: str, choice: ways.Choice, variant: dict[str, Any]) -> ways.Choice:
+        """Return a choice with what it really takes: the search counts with quick numbers."""
+        place, node = choice.place, self.nodes[choice.place.host]
+        own = {device["id"]: device for device in node["devices"]}
+        devices = [own[device] for device in place.devices]
+        options = ways.server_options(self.models[name], choice.step, place, variant["shape"])
+        engine = backend(devices[0]) if devices else "cpu"
+        more = {key: variant.get(key) for key in ("calibration", "projector", "draft")}
+        parts = predict(variant["shape"], options, devices, engine, overheads=node.get("overheads"), **more)
+        memory = {where: size for where, size in totals(parts).items() if size}
+        return replace(choice, memory=memory, needs=self.rooms[place.host].needs(place.host, memory))
+
+    def best(
+        self, name: str, found: list[ways.Choice], files: list[dict[str, Any]], free: list[int]
+    ) -> ways.Choice | None:
+        """Return the best of some ways for which there is room.
+
+        :param files: the variants that the choices number.
+        """
+        near = [choice for choice in found if _room_for(choice.needs, free, NEAR)]
+        for choice in sorted(near, key=lambda choice: (-choice.quality, len(choice.place.devices))):
+            exact = self.exact(name, choice, files[choice.step.quant])
+            if _room_for(exact.needs, free):
+                return exact
+        return None
+
+    def longest(self, choice: ways.Choice, variant: dict[str, Any], free: list[int]) -> int:
         """Return the longest context with which a model runs at the same place, in the same number of slots."""
         model = self.models[self.name]
         trained = int(variant["shape"].get("context_length") or choice.step.context)
         if model["mode"] == "embedding":
             return choice.step.context
-        room = self.rooms[host]
-        own = {device["id"]: device for device in self.nodes[host]["devices"]}
-        devices = [own[name] for name in choice.place.devices]
 
         def fits(context: int) -> bool:
-            step = replace(choice.step, context=context)
-            options = ways.server_options(model, step, choice.place, variant["shape"])
-            engine = backend(devices[0]) if devices else "cpu"
-            taken: dict[str, int] = {}
-            for part in parts(variant, options, devices, engine):
-                taken[part["where"]] = taken.get(part["where"], 0) + part["bytes"]
-            memory = {where: -(-size // MIB) for where, size in taken.items()}
-            return all(size <= free[at] for at, size in room.needs(host, memory))
+            longer = replace(choice, step=replace(choice.step, context=context))
+            return _room_for(self.exact(self.name, longer, variant).needs, free)
 
         low, high = choice.step.context // GRAIN, max(trained, choice.step.context) // GRAIN
         while low < high:
@@ -350,10 +373,13 @@ def rank(choice: ways.Choice) -> int:
     return RANKS[choice.place.fit]
 
 
-def best(found: list[ways.Choice], free: list[int]) -> ways.Choice | None:
-    """Return the best way for which there is room."""
-    fitting = [choice for choice in found if all(size <= free[at] for at, size in choice.needs)]
-    return max(fitting, key=lambda choice: (choice.quality, -len(choice.place.devices)), default=None)
+def _lack(needs: tuple[tuple[int, int], ...], free: list[int]) -> tuple[int, int]:
+    """Return by how many MiB something does not fit, and in which bin that is worst."""
+    return max((size - free[at], at) for at, size in needs)
+
+
+def _room_for(needs: tuple[tuple[int, int], ...], free: list[int], slack: float = 0.0) -> bool:
+    return all(size <= free[at] + slack * size for at, size in needs)
 
 
 def place(choice: ways.Choice) -> str:

@@ -364,11 +364,15 @@ def _sources(found: list[Area], width: int) -> list[str]:
                 known = [kind for kind, how_known in server.sources.items() if how_known == source]
                 kinds.setdefault(clean(server.name), {}).update(dict.fromkeys(known))
                 rest |= {clean(server.name)} if len(known) < len(server.sources) else set()
-        names = [
-            f"{name} ({', '.join(NAMES[kind] for kind in own)})" if name in rest else name
-            for name, own in kinds.items()
-            if own
-        ]
+        alike = {tuple(own) for own in kinds.values()}
+        if len(alike) == 1 and len(kinds) > 1 and rest == set(kinds):
+            names = [f"{' and '.join(NAMES[kind] for kind in own)} of all servers" for own in alike if own]
+        else:
+            names = [
+                f"{name} ({', '.join(NAMES[kind] for kind in own)})" if name in rest else name
+                for name, own in kinds.items()
+                if own
+            ]
         if names:
             lines += wrapped(f"{word}: {', '.join(names)}", width, "", "  ")
     return ["", *lines] if lines else []

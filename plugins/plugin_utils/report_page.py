@@ -258,7 +258,7 @@ def _span(name: str, size: str, left: float, width: float) -> Markup:
 
 def _axis(size: int, share: Any) -> list[Markup]:
     """Return marks in GiB below the bar."""
-    step = next((step for step in (1, 2, 4, 8, 16, 32, 64, 128, 256) if size / 1024 / step <= 8), 512)
+    step = next((step for step in (1, 2, 4, 8, 16, 32, 64, 128, 256) if size / 1024 / step <= 5), 512)
     marks = []
     for gib in range(0, size // 1024 + 1, step):
         at = f"{share(gib * 1024):.4f}%"
@@ -273,18 +273,18 @@ def _numbers(area: report.Area) -> Markup:
     """Return the same as a table."""
     kinds = [kind for kind in report.SERVER_KINDS if any(server.kinds[kind] for server in area.servers)]
     told = bool(kinds) and kinds != ["other"]
-    head = ["", *([report.NAMES[kind] for kind in kinds] if told else []), "MiB"]
+    head = ["", "MiB", *([report.NAMES[kind] for kind in kinds] if told else [])]
     rows = []
     for server in area.servers:
         cells = [_sized(server.kinds[kind], server.sources.get(kind)) for kind in kinds] if told else []
         name = f"{server.name} (in turn)" if server.idle else server.name
-        rows.append(element("tr", element("th", name, scope="row"), *cells, _sized(server.total, None)))
+        rows.append(element("tr", element("th", name, scope="row"), _sized(server.total, None), *cells))
     blank = [element("td", "") for _kind in kinds] if told else []
     rest = [("reserved", area.reserved), ("foreign", area.others), ("left", area.left), ("too much", -area.over)]
     for name, size in rest:
         if size or name == "left":
-            rows.append(element("tr", element("th", name, scope="row"), *blank, _sized(size, None)))
-    foot = element("tr", element("th", "all", scope="row"), *blank, _sized(area.size, None))
+            rows.append(element("tr", element("th", name, scope="row"), _sized(size, None), *blank))
+    foot = element("tr", element("th", "all", scope="row"), _sized(area.size, None), *blank)
     return _table(head, rows, foot)
 
 
