@@ -16,6 +16,7 @@ from __future__ import annotations
 import functools
 import io
 import re
+import struct
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -884,9 +885,23 @@ class Quantiser:
         return T.Q3_K if self.quant == "Q2_K" else self.base
 
 
+class _Writer(gguf.GGUFWriter):
+    """PyPI's writer, which would take a second for a vocabulary: long arrays are packed at once here."""
+
+    def _pack_val(self, val: Any, vtype: Any, add_vtype: bool, sub_type: Any = None) -> bytes:
+        if not isinstance(val, list) or len(val) < 1000:
+            return super()._pack_val(val, vtype, add_vtype, sub_type)
+        kind = gguf.GGUFValueType.get_type(val[0])
+        if kind is gguf.GGUFValueType.STRING:
+            packed = b"".join([struct.pack("<Q", len(text)) + text for text in val])
+        else:
+            packed = struct.pack(f"<{len(val)}{'f' if kind is gguf.GGUFValueType.FLOAT32 else 'i'}", *val)
+        return struct.pack("<I", vtype) * add_vtype + struct.pack("<IQ", kind, len(val)) + packed
+
+
 def _writer(name: str, quant: str, vocabulary: bool, split: int = 0) -> gguf.GGUFWriter:
     model = MODELS.get(name) or PROJECTORS[name]
-    writer = gguf.GGUFWriter(None, model.architecture, split_max_size=split)
+    writer = _Writer(None, model.architecture, split_max_size=split)
     writer.add_type("mmproj" if name in PROJECTORS else "model")
     writer.add_name(f"synthetic {name}")
     writer.add_description("The shape of a published model without its weights, for tests")

@@ -3,7 +3,7 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """Plans the documented labs: from their declarations, declared hardware and synthetic headers, with no host at hand.
 
-Each plan is kept beside this file as text for reviewers. `python3 -m pytest tests/plans --rewrite-plans` writes them
+Each plan is kept beside this file as text for reviewers. `REWRITE_PLANS=1 pytest tests/unit/test_plans.py` writes them
 anew; read the difference as an owner of that lab would before it is committed.
 """
 
@@ -162,7 +162,12 @@ def _found(model: str, source: dict[str, Any]) -> dict[str, Any]:
     size = synthetic.header(name, quant)[1]
     projector = None
     if source.get("mmproj"):
-        projector = {**_file(PROJECTORS[name], "F16"), "size": synthetic.header(PROJECTORS[name], "F16")[1]}
+        file = PROJECTORS[name]
+        projector = {
+            **_file(file, "F16"),
+            "size": synthetic.header(file, "F16")[1],
+            "shape": synthetic.shape(file, "F16"),
+        }
     return {
         "model": model,
         "commit": "0" * 40,

@@ -94,6 +94,8 @@ def output_bytes(shape: dict[str, Any], chosen: Settings) -> int:
 def buffers(shape: dict[str, Any], chosen: Settings, devices: list[dict[str, Any]]) -> dict[str, int]:
     """Return the bytes of the compute buffer of each device and of the host."""
     names = [*(device["id"] for device in devices), HOST]
+    if not layer_count(shape):
+        return {}
     family = FAMILIES.get(str(shape.get("architecture")))
     model = _pass(shape, chosen, devices, family or Family())
     copies = COPIES if _pipelined(shape, chosen, devices) else 1
