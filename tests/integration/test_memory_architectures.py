@@ -64,6 +64,12 @@ def cache_type(name, shape):
 
 def layouts(shape):
     """Name, options, devices."""
+    for name, options, devices in _layouts(shape):
+        # The dry pass never maps the file; what is mapped is printed as the part of the file between two tensors.
+        yield name, {"load-mode": "none", "warmup": False, **options}, devices
+
+
+def _layouts(shape):
     layers = shape["block_count"]
     yield "unified", {"parallel": 3, "kv-unified": True, "n-gpu-layers": "all"}, 1
     yield "slots", {"parallel": 4, "n-gpu-layers": "all", "tensor-split": [3, 2]}, 2
@@ -115,7 +121,7 @@ def context(shape, options, least, most):
 def ask(folder, cases, loaded):
     """Answers to (name, shape, layout, options, devices), from two containers: there are two cores."""
     questions = [
-        Case(folder / f"{name}.gguf", {"warmup": False, "load-mode": "none", **options}, devices, load=loaded)
+        Case(folder / f"{name}.gguf", options, devices, load=loaded)
         for name, _shape, _layout, options, devices in cases
     ]
 
@@ -146,7 +152,9 @@ def large(tiny, tmp_path_factory):
     for path in tiny:
         architecture_files.Scaled(path, 64, 2100 * MIB).write(folder / path.name)
         shapes[path.stem] = gguf.shape([gguf.read_file(folder / path.name)])
-    return folder, shapes
+    yield folder, shapes
+    for path in folder.iterdir():
+        path.unlink()
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ from typing import Any
 from ansible_collections.homelab.inference.plugins.module_utils.memory.options import Settings, settings
 
 HOST = "host"
+MOST_LAYERS = 512  # that the engine takes
 
 
 def layer_devices(shape: dict[str, Any], options: dict[str, Any], devices: list[dict[str, Any]]) -> list[str]:
@@ -26,7 +27,7 @@ def layer_count(shape: dict[str, Any]) -> int:
     """Return the engine's number of layers: two architectures have more of them than their files have blocks."""
     layers = int(shape["block_count"] or 0)
     if shape.get("architecture") == "nanbeige":  # goes through its blocks several times
-        return layers * max(1, int(shape["hparams"].get("num_loops") or 1))
+        return layers * max(1, min(int(shape["hparams"].get("num_loops") or 1), MOST_LAYERS // max(1, layers)))
     return layers + (shape.get("architecture") == "graniteswitch")  # has a layer that chooses the adapter
 
 
