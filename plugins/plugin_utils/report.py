@@ -39,8 +39,17 @@ NAMES = {
     "left": "left",
 }
 SERVER_KINDS = ("weights", "kv", "compute", "other")
-# The planner's finer kinds; what is not here is "other" (overhead, projector, draft, repacked weights, prompt cache).
-FOLDED = {"weights": "weights", "kv": "kv", "recurrent": "kv", "compute": "compute", "output": "compute"}
+# The planner's finer kinds; what is not here is "other" (overhead, projector, draft, prompt cache). A server on the
+# processor holds most of its weights a second time, repacked.
+FOLDED = {
+    "weights": "weights",
+    "repack": "weights",
+    "mapped": "weights",
+    "kv": "kv",
+    "recurrent": "kv",
+    "compute": "compute",
+    "output": "compute",
+}
 FITS = {
     "split": "split over its cards",
     "experts_on_cpu": "experts on the processor",
