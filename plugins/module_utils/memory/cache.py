@@ -109,14 +109,36 @@ RECURRENT = frozenset(("mamba", "mamba2", "rwkv6", "rwkv6qwen2", "rwkv7", "arwkv
 INTERVALS = {"minimax-01": 8, "qwen3next": 4, "qwen35": 4, "qwen35moe": 4, "qwen4exp": 4}
 # Layers that predict further tokens have a cache like the others.
 FURTHER_CACHED = frozenset(("bailingmoe3", "hy_v4", ROUTER))
+# Their states can be taken back by some tokens.
+ROLLBACK = frozenset(
+    (
+        "bailingmoe3",
+        "deepseek4",
+        "glm5-next",
+        "kimi-k3",
+        "lfm2",
+        "lfm2moe",
+        "nemotron_h",
+        "nemotron_h_moe",
+        "qwen35",
+        "qwen35moe",
+        "qwen4exp",
+    )
+)
 # Rows that an indexer with pooled keys has for a token: key, pooled key, and with some its gate.
 POOLED_ROWS = {"qwen4exp": 2, "glm5-next": 3}
 MOST_POOLED_ROWS = 3
 COMPRESSED = {4: "csa", 128: "hca"}  # DeepSeek 4: tokens in one row of a compressed cache
 
 
+KINDS = ("kv", "recurrent", "draft")
+
+
 def cache(shape: dict[str, Any], options: dict[str, Any], devices: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return a part of kind kv or recurrent for each place that holds such; upper bounds where P(unknown) says why."""
+    """Return a part of each kind for each place that holds such; upper bounds where P(unknown) says why.
+
+    Kinds: kv, recurrent, and draft for the cache of layers that predict further tokens.
+    """
     chosen = settings(options, shape)
     layers = layer_count(shape)
     where = places(layers, chosen, devices) if chosen.kv_offload else [HOST] * (layers + 1)
@@ -127,14 +149,14 @@ def cache(shape: dict[str, Any], options: dict[str, Any], devices: list[dict[str
         source = "bound"
         sizes = [(max(kv, plain[0]), max(state, plain[1])) for (kv, state), plain in zip(sizes, model.everything())]
     sums: dict[tuple[str, str], int] = {}
-    for place, both in zip(where, sizes):
-        for kind, size in zip(("kv", "recurrent"), both):
+    for place, both, further in zip(where, sizes, model.further_sizes()):
+        for kind, size in zip(KINDS, (*both, further)):
             sums[place, kind] = sums.get((place, kind), 0) + size
     order = [*(device["id"] for device in devices), HOST]
     return [
         {"where": place, "kind": kind, "bytes": sums[place, kind], "source": source}
         for place in order
-        for kind in ("kv", "recurrent")
+        for kind in KINDS
         if sums.get((place, kind))
     ]
 
@@ -323,7 +345,23 @@ class _Model:
         return result
 
     def _state(self, index: int) -> int:
-        return 4 * self._set.slots * (sum(self._state_elements()) + self._further_inputs(index))
+        copies = self._set.slots * self._copies()
+        return 4 * copies * (sum(self._state_elements()) + self._further_inputs(index))
+
+    def _copies(self) -> int:
+        return 1 + (self._set.rollback if self._name in ROLLBACK else 0)
+
+    def further_sizes(self) -> list[int]:
+        """Bytes of cache, in a context of their own, of the layers that predict further tokens."""
+        result = [0] * self._count
+        if not self._set.further or self._name == ROUTER:
+            return result
+        for index in range(self._count - min(self._number("nextn_predict_layers"), self._count), self._count):
+            keys, values = self._lengths(index)
+            values = 0 if self._latent else values
+            row = row_bytes(self._set.further_type_k, keys) + row_bytes(self._set.further_type_v, values)
+            result[index] = self._set.cells * self._set.streams * row
+        return result
 
     def _indexed_layers(self) -> list[bool]:
         """Layers that keep keys of an indexer, which chooses the tokens that attention looks at."""
@@ -359,7 +397,7 @@ class _Model:
 
     def _compressed(self, index: int) -> tuple[int, int]:
         """DeepSeek 4: a window of keys for each slot, rows that stand for 4 or 128 tokens, and what makes them."""
-        streams = self._set.slots
+        streams, copies = self._set.slots, self._set.slots * self._copies()
         keys = self._lengths(index)[0]
         size = self._window_cells(1) * streams * self._row(keys, 0)
         state = 0
@@ -370,14 +408,14 @@ class _Model:
             size += cells * streams * self._row(keys, 0)
             if COMPRESSED[ratio] == "csa":
                 size += cells * streams * self._row(choosing, 0)
-                state = 2 * 4 * streams * 2 * ratio * 2 * (head + choosing)
+                state = 2 * 4 * copies * 2 * ratio * 2 * (head + choosing)
             else:
-                state = 2 * 4 * streams * ratio * head
+                state = 2 * 4 * copies * ratio * head
         return size, state
 
     def everything(self) -> list[tuple[int, int]]:
         """The most that each layer can take: full caches of keys, values and indexer, and a state."""
-        state = 4 * self._set.slots * sum(self._state_elements())
+        state = 4 * self._set.slots * (1 + self._set.rollback) * sum(self._state_elements())
         choosing = MOST_POOLED_ROWS * self._number("attention.indexer.key_length")
         key = max(int(self._shape["key_length"] or 0), self._number("attention.key_length_swa"))
         value = max(int(self._shape["value_length"] or 0), self._number("attention.value_length_swa"))

@@ -30,8 +30,12 @@ SAME = {
     "gpu-layers": "n-gpu-layers",
     "embeddings": "embedding",
     "rerank": "reranking",
+    "cache-type-k-draft": "spec-draft-type-k",
+    "cache-type-v-draft": "spec-draft-type-v",
     "swa-checkpoints": "ctx-checkpoints",
 }
+# Kinds of speculative decoding that drop some of the tokens that they tried.
+ROLLING_BACK = frozenset(("draft-mtp", "draft-eagle3", "draft-dflash", "draft-dspark"))
 OFF = ("off", "none", "disabled", "false", "0")
 
 
@@ -63,6 +67,10 @@ class Settings:
     cache_ram_mib: int  # -1: no limit
     checkpoints: int
     embedding: bool
+    further: bool  # layers that predict further tokens are loaded, and have a context of their own
+    further_type_k: str
+    further_type_v: str
+    rollback: int  # tokens that a recurrent state can be taken back by, each with a copy of it
 
 
 def row_bytes(kv_type: str, elements: int) -> int:
@@ -96,6 +104,8 @@ def settings(options: dict[str, Any], shape: dict[str, Any]) -> Settings:
     wanted = whole("ctx-size", 0) or int(shape.get("context_length") or 0)
     context = pad(wanted)
     cells = context if unified else pad(context // slots)
+    kinds = given.get("spec-type") or "none"
+    speculative = set(kinds if isinstance(kinds, list) else str(kinds).split(","))
     embedding = on("embedding", False) or on("reranking", False)
     batch, ubatch = whole("batch-size", 2048), whole("ubatch-size", 512)
     if embedding:
@@ -129,6 +139,10 @@ def settings(options: dict[str, Any], shape: dict[str, Any]) -> Settings:
         cache_ram_mib=whole("cache-ram", 8192),
         checkpoints=whole("ctx-checkpoints", 32),
         embedding=embedding,
+        further="draft-mtp" in speculative,
+        further_type_k=str(given.get("spec-draft-type-k") or "f16").lower(),
+        further_type_v=str(given.get("spec-draft-type-v") or "f16").lower(),
+        rollback=whole("spec-draft-n-max", 3) if speculative & ROLLING_BACK else 0,
     )
 
 

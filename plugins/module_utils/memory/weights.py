@@ -102,7 +102,7 @@ def _pieces(shape: dict[str, Any], chosen: Settings, devices: list[dict[str, Any
         second = where[-1] != HOST or (shape["architecture"] in TWICE and not chosen.mmap)
         pieces.append((where[-1], "embedding", 0, shape.get("embedding_bytes", shape["input_bytes"]) if second else 0))
     experts, dense = shape["expert_bytes"], shape.get("ffn_bytes", [])
-    for index, size in enumerate(shape["block_bytes"][: loaded(shape)]):
+    for index, size in enumerate(shape["block_bytes"][: loaded(shape, chosen.further)]):
         moved = experts[index] if index < len(experts) else 0
         feed_forward = dense[index] if index < min(len(dense), chosen.ffn_on_cpu) else 0
         pieces.append((where[min(index, layers)], "blocks", index, size - moved - feed_forward))
@@ -111,10 +111,10 @@ def _pieces(shape: dict[str, Any], chosen: Settings, devices: list[dict[str, Any
     return pieces
 
 
-def loaded(shape: dict[str, Any]) -> int:
+def loaded(shape: dict[str, Any], all_of_them: bool = False) -> int:
     """Return how many layers a server loads: those that predict further tokens are passed over unless asked for."""
     layers = int(shape["block_count"] or 0)
     further = shape["hparams"].get("nextn_predict_layers") or 0
-    if not isinstance(further, int) or further >= layers or shape["architecture"] == ROUTER:
+    if not isinstance(further, int) or further >= layers or all_of_them or shape["architecture"] == ROUTER:
         return layers
     return layers - further

@@ -177,3 +177,29 @@ def test_what_is_not_known_is_an_upper_bound_that_says_so():
     assert sizes(silent) == {"host kv": 4 * LAYER}
     mixed = model("newest", ssm__conv_kernel=4, ssm__inner_size=512, ssm__state_size=16)
     assert sizes(mixed) == {"host kv": 4 * LAYER, "host recurrent": 4 * 4 * (3 * 512 + 16 * 512)}
+
+
+def test_layers_that_predict_further_tokens_have_a_context_of_their_own_when_they_are_used():
+    """As llama-server 0.7.0 said of GLM 4.5 Air: 46 layers of 64 MiB, and one more in the second context."""
+    shape = model("glm4moe", layers=47, head_count_kv=8, key_length=128, value_length=128, nextn_predict_layers=1)
+    assert sizes(shape, ctx_size=16384, parallel=2, spec_type="draft-mtp") == {
+        "host kv": 2944 << 20,
+        "host draft": 64 << 20,
+    }
+
+
+def test_states_that_can_be_taken_back_are_there_several_times():
+    """As llama-server 0.7.0 said of Qwen3.5 122B: 298.12 MiB, and 1192.50 with room for three tokens."""
+    shape = model(
+        "qwen35moe",
+        layers=48,
+        ssm__conv_kernel=4,
+        ssm__group_count=16,
+        ssm__inner_size=8192,
+        ssm__state_size=128,
+    )
+    once = sizes(shape, parallel=2)["host recurrent"]
+    assert round(once / (1 << 20), 3) == 298.125
+    assert sizes(shape, parallel=2, spec_type="draft-mtp")["host recurrent"] == 4 * once
+    assert sizes(shape, parallel=2, spec_type="draft-mtp", spec_draft_n_max=1)["host recurrent"] == 2 * once
+    assert sizes(shape, parallel=2, spec_type="ngram-mod")["host recurrent"] == once

@@ -88,6 +88,7 @@ def test_an_encoder_has_no_output():
 
 def test_layers_that_predict_further_tokens_are_not_loaded():
     shape = {**SHAPE, "architecture": "glm4moe", "hparams": {"nextn_predict_layers": 1}}
-    assert loaded(shape) == 3
+    assert (loaded(shape), loaded(shape, all_of_them=True)) == (3, 4)
+    assert where({"spec-type": "draft-mtp"}, GPU, shape) == {"host": 1000, "gpu0": 911 + 1000}
     assert where({}, GPU, shape) == {"host": 1000, "gpu0": 911 + 600}
     assert loaded({**shape, "architecture": "graniteswitch"}) == 4
