@@ -11,7 +11,7 @@ Format (version 1), all sizes in MiB unless the name says bytes::
     models:     MODEL: {commit, quant, files: [{name, size, sha256, url | controller_path | library}], shape}
     images:     VARIABLE: {name: reference} or reference
     digests:    IMAGE behind the mirror: digest, or null where its registry told none
-    instances:  [{name, model, node, backend, devices, port, server_options, memory, parts, ...}], per node in start order
+    instances:  [{name, model, node, backend, devices, port, server_options, memory, parts, start, ...}]
     refused:    [{model, reason, node, device, needed_mib, available_mib, deficit_mib, change}]
     order:      HOST: [names] in which servers start
     devices:    HOST: DEVICE or host: {size_mib, reserved_mib, others_mib, planned_mib, left_mib}
