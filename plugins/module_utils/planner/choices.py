@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ansible_collections.homelab.inference.plugins.module_utils.planner.footprint import Footprints
@@ -128,7 +128,7 @@ def server_options(model: dict[str, Any], step: Step, place: Place, shape: dict[
     return {**options, **model["args"]}
 
 
-def device_sets(room: Room, host: str) -> list[list[dict[str, Any]]]:
+def device_sets(room: Room, host: str, fine: bool) -> list[list[dict[str, Any]]]:
     """Return the sets of devices that one server may use on a node: of one backend, large cards first."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for device in worth_using(room.nodes[host]["devices"]):
@@ -138,38 +138,63 @@ def device_sets(room: Room, host: str) -> list[list[dict[str, Any]]]:
         # Stable: equal cards keep the order of their ids.
         group.sort(key=lambda device: -room.sizes[room.bins[host, device["id"]]])
         for size in range(1, len(group) + 1):
-            if len(group) <= ALL_SUBSETS:
+            if fine and len(group) <= ALL_SUBSETS:
                 found += [list(chosen) for chosen in itertools.combinations(group, size)]
             else:
                 found += [group[start : start + size] for start in range(len(group) - size + 1)]
     return found
 
 
-def splits(room: Room, host: str, devices: list[dict[str, Any]]) -> list[tuple[int, ...]]:
+def splits(room: Room, host: str, devices: list[dict[str, Any]], fine: bool) -> list[tuple[int, ...]]:
     """Return the ways to deal layers out to several cards: by their room, and for two cards in eighths."""
     free = room.free()
     by_room = tuple(max(free[room.bins[host, device["id"]]], 0) for device in devices)
     found = [by_room] if min(by_room) > 0 else []
     if len(devices) == 2:
-        found += [(number, PARTS - number) for number in range(1, PARTS)]
+        found += [(number, PARTS - number) for number in range(1, PARTS) if fine or number % 3 == 2]
     return found
 
 
-def places(room: Room, host: str, shape: dict[str, Any]) -> Iterator[Place]:
+def places(room: Room, host: str, shape: dict[str, Any], fine: bool) -> Iterator[Place]:
     """Yield all places for a model on a node."""
     experts = bool(shape.get("expert_count"))
-    for devices in device_sets(room, host):
+    for devices in device_sets(room, host, fine):
         names = tuple(device["id"] for device in devices)
-        dealt = splits(room, host, devices) if len(devices) > 1 else [()]
+        dealt = splits(room, host, devices, fine) if len(devices) > 1 else [()]
         for split in dealt:
             yield Place(host, names, "split" if split else "one_gpu", 0.0, split)
         for split in dealt[:1]:
-            for part in range(1, PARTS + 1):
+            for part in range(1, PARTS + 1) if fine else (PARTS // 4, PARTS // 2, PARTS):
                 if experts:
                     yield Place(host, names, "experts_on_cpu", part / PARTS, split)
                 if part < PARTS:
                     yield Place(host, names, "layers_on_cpu", part / PARTS, split)
     yield Place(host, (), "cpu")
+
+
+class Ways:
+    """All ways in which the models of a lab may run, kept while plans of it are compared."""
+
+    def __init__(self) -> None:
+        self.footprints = Footprints()
+        self._kept: dict[Any, Any] = {}
+
+    def on(self, model: dict[str, Any], resolved: dict[str, Any], host: str, room: Room, fine: bool) -> list[Choice]:
+        """Return the ways of a model on a node that is empty but for what others hold, the pointless ones left out.
+
+        :param fine: in small steps; else a selection of them.
+        """
+        node = room.nodes[host]
+        key = (id(model), id(resolved), id(node), host, fine)
+        if key not in self._kept:
+            found = undominated(list(choices(model, resolved, host, room, self.footprints, fine)))
+            # What the key stands for is kept with it, so that nothing else gets the same number.
+            self._kept[key] = (found, model, resolved, node)
+        return self._kept[key][0]
+
+    def forget(self) -> None:
+        """Ask again: predictions changed."""
+        self._kept.clear()
 
 
 def choices(
@@ -178,42 +203,92 @@ def choices(
     host: str,
     room: Room,
     footprints: Footprints,
+    fine: bool = True,
     all_of_them: bool = False,
 ) -> Iterator[Choice]:
     """Yield all ways in which a model fits into a node that is empty but for what others hold.
 
     :param all_of_them: those too that do not fit, for saying by how much.
     """
+    ladder = stairs(model, resolved, footprints)
+    some, few = (ladder, ladder) if fine else (_thinned(ladder, 5), _thinned(ladder, 2))
+    for place in places(room, host, variants(resolved)[0]["shape"], fine):
+        taken = some if place.fit == "one_gpu" else few
+        yield from at(place, taken, model, resolved, room, footprints, all_of_them)
+
+
+def at(
+    place: Place,
+    ladder: list[Step],
+    model: dict[str, Any],
+    resolved: dict[str, Any],
+    room: Room,
+    footprints: Footprints,
+    all_of_them: bool = False,
+) -> Iterator[Choice]:
+    """Yield the ways in which a model fits at one place."""
     free = room.free()
-    own = {device["id"]: device for device in room.nodes[host]["devices"]}
+    node = room.nodes[place.host]
+    own = {device["id"]: device for device in node["devices"]}
     found = variants(resolved)
-    ladder = steps(model, resolved)
-    for place in places(room, host, found[0]["shape"]):
-        devices = [own[name] for name in place.devices]
-        engine = backend(devices[0]) if devices else "cpu"
-        for step in ladder:
-            variant = found[step.quant]
-            options = server_options(model, step, place, variant["shape"])
-            memory = footprints.take((model["name"], step.quant), variant, options, devices, engine)
-            needs = room.needs(host, memory)
-            if not all_of_them and any(size > free[number] for number, size in needs):
-                continue
-            for turn in (False, True) if "on-demand" in model["keep"] else (False,):
-                worth = quality(*step.positions, place.fit, place.share, turn)
-                yield Choice(step, place, turn, worth, memory, needs)
+    devices = [own[name] for name in place.devices]
+    engine = backend(devices[0]) if devices else "cpu"
+    widest = widest_options(model, resolved, place)
+    for step in ladder:
+        variant = found[step.quant]
+        options = server_options(model, step, place, variant["shape"])
+        memory = footprints.take(variant, options, devices, engine, widest, node.get("overheads"))
+        needs = room.needs(place.host, memory)
+        if not all_of_them and any(size > free[number] for number, size in needs):
+            continue
+        for turn in (False, True) if "on-demand" in model["keep"] else (False,):
+            worth = quality(*step.positions, place.fit, place.share, turn)
+            yield Choice(step, place, turn, worth, memory, needs)
+
+
+def widest_options(model: dict[str, Any], resolved: dict[str, Any], place: Place) -> dict[str, Any]:
+    """Return the options with which a model's buffers are largest at a place.
+
+    Half of its experts or layers stands for any part: how many are moved to the processor makes little difference.
+    """
+    shape = variants(resolved)[0]["shape"]
+    longest = Step(0, max(contexts(model, shape)), model["kv"][-1], max(model["slots"]), (0, 0, 0, 0))
+    return server_options(model, longest, replace(place, share=0.5 if place.share else 0.0), shape)
+
+
+def _thinned(ladder: list[Step], count: int) -> list[Step]:
+    """Return the first and the last step, and some between them."""
+    last = len(ladder) - 1
+    return [ladder[number] for number in sorted({round(last * part / (count - 1)) for part in range(count)})]
+
+
+def stairs(model: dict[str, Any], resolved: dict[str, Any], footprints: Footprints) -> list[Step]:
+    """Return the steps of the owner's lists without those that take as much as a better one or more."""
+    found = variants(resolved)
+    alone = Place("", (), "cpu")
+    kept: list[Step] = []
+    least: int | None = None
+    for step in sorted(steps(model, resolved), key=lambda one: -quality(*one.positions, "one_gpu")):
+        shape = found[step.quant]["shape"]
+        size = footprints.total(shape, server_options(model, step, alone, shape))
+        if least is None or size < least:
+            kept.append(step)
+            least = size
+    return kept
 
 
 def undominated(found: list[Choice]) -> list[Choice]:
     """Return the choices of one model on one node without those that cost as much as a better one or more."""
-    kept: list[Choice] = []
+    kept: dict[tuple[tuple[str, ...], bool], list[Choice]] = {}
     for choice in sorted(found, key=lambda one: -one.quality):
-        wanted = choice.needs
-        for better in kept:
-            if better.turns and (not choice.turns or better.place.devices != choice.place.devices):
+        own = choice.place.devices
+        sizes = dict(choice.needs)
+        for (devices, turns), better in kept.items():
+            # Who takes turns takes memory that others of his group have already.
+            if turns != choice.turns or (devices != own if turns else not set(devices) <= set(own)):
                 continue
-            sizes = dict(wanted)
-            if all(size <= sizes.get(number, 0) for number, size in better.needs):
+            if any(all(size <= sizes.get(number, 0) for number, size in one.needs) for one in better):
                 break
         else:
-            kept.append(choice)
-    return kept
+            kept.setdefault((own, choice.turns), []).append(choice)
+    return [choice for some in kept.values() for choice in some]

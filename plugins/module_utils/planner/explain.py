@@ -183,3 +183,21 @@ def _of_node(
         None,
         {**nodes, host: larger},
     )
+
+
+def waits(refused: dict[str, Any], previous: list[dict[str, Any]], nodes: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Return for what a model waits: the node or card that it ran on, else memory."""
+    name = refused["model"]
+    for one in previous:
+        if one["model"] != name:
+            continue
+        host = one["node"]
+        if host not in nodes:
+            return {"model": name, "for": host, "sentence": f"{name} waits for {host} to come back."}
+        there = {device["id"] for device in nodes[host]["devices"]}
+        gone = [device for device in one["devices"] if device not in there]
+        if gone:
+            sentence = f"{name} waits for {where_named(gone[0], host)} to come back."
+            return {"model": name, "for": f"{host} {gone[0]}", "sentence": sentence}
+    where = f"{refused['node']} {refused['device']}" if refused["node"] else None
+    return {"model": name, "for": where, "sentence": f"{name} waits: {refused['reason']}."}

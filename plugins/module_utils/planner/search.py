@@ -10,13 +10,21 @@ the same answer on every machine.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
-# Steps of branch and bound over everything, and over one neighbourhood; up to so many servers the first is tried.
-WHOLE_STEPS, PART_STEPS, WHOLE_ITEMS = 20000, 400, 14
+# Steps of branch and bound: over everything, over each small set, over one neighbourhood; up to so many servers the
+# first two are tried, above it the last.
+WHOLE_STEPS, SET_STEPS, PART_STEPS, WHOLE_ITEMS = 60000, 1000, 200, 10
 # Servers that are moved about together, and steps that all neighbourhoods may take together.
-NEIGHBOURS, ALL_PARTS_STEPS = 6, 60000
+NEIGHBOURS, ALL_PARTS_STEPS = 6, 20000
+LARGEST_SET, ALL_SETS_STEPS = 4, 60000
+# How often prices of memory are adjusted before a search.
+PRICE_ROUNDS = 60
+# How far below its bound a search looks, one after the other, as parts of the way down to what it has.
+NEARNESS = (0.1, 0.3, 0.6, 1.0)
 
 
 @dataclass
@@ -64,6 +72,7 @@ class Search:
         self.apart = apart
         self.grain = grain
         self.turns = any(option.group for item in items for option in item.options)
+        self.room = list(free)
         self.free = list(free)
         self.answer: list[Option | None] = [None] * len(items)
         self.groups: dict[tuple[str, tuple[str, ...]], dict[int, int]] = {}
@@ -152,32 +161,27 @@ class Search:
 
     # --- looking ---------------------------------------------------------------------------------------------------
 
-    def ways(self, item: Item, start: int) -> Iterator[Option]:
-        """Yield the options that fit, best first; of those that come to the same only one."""
-        options = item.options
-        end = len(options)
-        while start < end:
-            score = options[start].score
-            run = []
-            while start < end and options[start].score == score:
-                if self.fits(item, options[start]):
-                    run.append(options[start])
-                start += 1
-            if len(run) > 1:
-                if run[0].even:
-                    run.sort(key=self._fullness)
-                if not self.turns:
-                    run = self._unlike(run)
-            yield from run
+    def first_way(self, item: Item) -> Option | None:
+        """Return the best option that fits, of several the one that leaves its devices emptiest."""
+        run: list[Option] = []
+        for option in item.options:
+            if run and option.score < run[0].score:
+                break
+            if self.fits(item, option):
+                run.append(option)
+        return self.alike(run)[0] if run else None
 
-    def _fullness(self, option: Option) -> float:
-        return max((size - self.free[number]) / self.sizes[number] for number, size in option.needs)
-
-    def _unlike(self, run: list[Option]) -> list[Option]:
+    def alike(self, run: list[Option]) -> list[Option]:
+        """Return options of one score, emptiest devices first; of those that come to the same only one."""
+        if run[0].even:
+            run = sorted(run, key=self._fullness)
+        if self.turns:
+            return run
         kept, seen = [], set()
         for option in run:
             state = (
                 option.host,
+                option.score,
                 tuple(sorted((self.kinds[number], self.free[number], size) for number, size in option.needs)),
             )
             if state not in seen:
@@ -185,11 +189,14 @@ class Search:
                 kept.append(option)
         return kept
 
+    def _fullness(self, option: Option) -> float:
+        return max((size - self.free[number]) / self.sizes[number] for number, size in option.needs)
+
     def fill(self, numbers: list[int]) -> None:
         """Give each server in turn the best that is left."""
         for number in numbers:
             if self.answer[number] is None and self.allowed(number):
-                option = next(self.ways(self.items[number], 0), None)
+                option = self.first_way(self.items[number])
                 if option:
                     self.place(number, option)
 
@@ -200,39 +207,74 @@ class Search:
         for number in numbers:
             self.lift(number)
         rest = self.total()
-        tree = _Tree(self, numbers, whole - rest, steps, grain)
-        tree.walk(0, 0, [0] * len(numbers))
+        tree = _Tree(self, numbers, whole - rest, grain)
+        tree.run(steps)
         best = tree.found if tree.found is not None else before
         for number, option in best.items():
             if option is not None:
                 self.place(number, option)
         return tree.steps
 
-    def run(self, start: list[Option | None]) -> None:
-        """Find a good answer, beginning with C(start) as far as it fits."""
+    def begin(self, start: list[Option | None]) -> None:
+        """Take C(start) as far as it fits, and give the others the best that is left."""
         order = list(range(len(self.items)))
         for number in order:
             option = start[number]
             if option is not None and self.allowed(number) and self.fits(self.items[number], option):
                 self.place(number, option)
         self.fill(order)
-        self._neighbourhoods()
-        if len(self.items) <= WHOLE_ITEMS:
-            by_worth = sorted(order, key=lambda number: (-self.items[number].best, number))
-            by_worth.sort(key=lambda number: not self.items[number].first)
-            self.improve(by_worth, WHOLE_STEPS, self.grain)
+
+    def run(self, start: list[Option | None]) -> None:
+        """Find a good answer, beginning with C(start)."""
+        order = list(range(len(self.items)))
+        self.begin(start)
+        if len(self.items) > WHOLE_ITEMS:
+            self._neighbourhoods()
+            return
+        self._together()
+        by_worth = sorted(order, key=lambda number: (-self.items[number].best, number))
+        by_worth.sort(key=lambda number: not self.items[number].first)
+        self.improve(by_worth, WHOLE_STEPS, self.grain)
+
+    def make_way(self, model: str) -> None:
+        """Move others about, and give them less, so that the servers of one model find room."""
+        units: dict[int, list[int]] = {}
+        for number, item in enumerate(self.items):
+            units.setdefault(item.unit, []).append(number)
+        for unit, numbers in units.items():
+            if self.items[numbers[0]].model == model:
+                for chosen in self._around(unit, units):
+                    self.improve(chosen, SET_STEPS, 1)
+
+    def _together(self) -> None:
+        """Look for better options for all pairs of units, then threes, and so on, as long as something gets better."""
+        units: dict[int, list[int]] = {}
+        for number, item in enumerate(self.items):
+            units.setdefault(item.unit, []).append(number)
+        steps, size, score = 0, 2, self.total()
+        while size <= min(LARGEST_SET, len(units) - 1) and steps < ALL_SETS_STEPS:
+            for chosen in itertools.combinations(units.values(), size):
+                if any(self._missing(numbers) for numbers in chosen):
+                    steps += self.improve([number for numbers in chosen for number in numbers], SET_STEPS, 1)
+            now = self.total()
+            size, score = (2, now) if now > score else (size + 1, now)
 
     def _neighbourhoods(self) -> None:
         steps, score = 0, self.total()
         units: dict[int, list[int]] = {}
         for number, item in enumerate(self.items):
             units.setdefault(item.unit, []).append(number)
+        # Where nothing changed since, nothing better will be found.
+        tried: set[tuple[Any, ...]] = set()
         while steps < ALL_PARTS_STEPS:
             for unit in sorted(units, key=lambda unit: -self._missing(units[unit])):
                 if not self._missing(units[unit]):
                     break
                 for numbers in self._around(unit, units):
-                    steps += self.improve(numbers, PART_STEPS, 1)
+                    state = (*numbers, *(id(self.answer[number]) for number in numbers), *self.free)
+                    if state not in tried:
+                        steps += self.improve(numbers, PART_STEPS, 1)
+                        tried.add((*numbers, *(id(self.answer[number]) for number in numbers), *self.free))
                 if steps >= ALL_PARTS_STEPS:
                     break
             now = self.total()
@@ -273,16 +315,105 @@ class Search:
 
 
 class _Tree:
-    """Depth-first branch and bound over some servers."""
+    """Depth-first branch and bound over some servers.
 
-    def __init__(self, search: Search, numbers: list[int], best: int, limit: int, grain: int) -> None:
+    The bound is Lagrange's: memory has a price in each bin, every server takes what is worth most beyond its price, and
+    what is left of the memory is sold. No real plan is worth more, whatever the prices are; good ones come from raising
+    the price where servers together want more than there is.
+    """
+
+    def __init__(self, search: Search, numbers: list[int], best: int, grain: int) -> None:
         self.search = search
         self.numbers = numbers
         self.best = best
-        self.limit = limit
         self.grain = grain
-        self.steps = 0
+        self.steps = self.limit = self.goal = 0
         self.found: dict[int, Option | None] | None = None
+        # What does not fit now will not fit beside others.
+        self.options = [
+            [option for option in search.items[number].options if search.fits(search.items[number], option)]
+            for number in numbers
+        ]
+        self.prices: dict[int, int] = self._prices() if len(numbers) > 3 else {}
+        self.ranked = [self._ranked(options) for options in self.options]
+
+    def _prices(self) -> dict[int, int]:
+        """Return a price for each bin, found by raising and lowering prices along with demand (subgradients)."""
+        free = self.search.free
+        wanted: dict[int, int] = {}
+        for options in self.options:
+            largest: dict[int, int] = {}
+            for option in options:
+                for number, size in option.needs if option.group is None else ():
+                    largest[number] = max(largest.get(number, 0), size)
+            for number, size in largest.items():
+                wanted[number] = wanted.get(number, 0) + size
+        scarce = [number for number, size in wanted.items() if size > free[number]]
+        if not scarce:
+            return {}
+        prices = dict.fromkeys(scarce, 0.0)
+        best, lowest, pace, since = dict(prices), float("inf"), 1.0, 0
+        plain = [
+            [
+                (float(option.score), [(n, s) for n, s in option.needs if n in prices] if option.group is None else [])
+                for option in options
+            ]
+            for options in self.options
+        ]
+        goal = float(self.best)
+        for _round in range(PRICE_ROUNDS):
+            total = sum(price * free[number] for number, price in prices.items())
+            over = {number: -free[number] for number in scarce}
+            for options in plain:
+                most, taken = 0.0, None
+                for score, needs in options:
+                    if score <= most:
+                        break
+                    for number, size in needs:
+                        score -= prices[number] * size
+                    if score > most:
+                        most, taken = score, needs
+                total += most
+                for number, size in taken or ():
+                    over[number] += size
+            since += 1
+            if total < lowest:
+                lowest, best, since = total, dict(prices), 0
+            elif since >= 4:
+                pace, since = pace / 2, 0
+            length = sum(one * one for number, one in over.items() if one > 0 or prices[number] > 0)
+            if not length or total <= goal:
+                break
+            stride = pace * (total - goal) / length
+            prices = {number: max(0.0, price + stride * over[number]) for number, price in prices.items()}
+        return {number: int(price) for number, price in best.items() if price >= 1}
+
+    def _ranked(self, options: list[Option]) -> list[tuple[int, Option]]:
+        """Return options with what they are worth beyond the price of their memory, best first."""
+        found = []
+        for option in options:
+            worth = option.score
+            if option.group is None:
+                for number, size in option.needs:
+                    worth -= self.prices.get(number, 0) * size
+            found.append((worth, option))
+        found.sort(key=lambda one: -one[0])
+        return found
+
+    def run(self, steps: int) -> None:
+        """Look first for what comes near the bound, then for less and less."""
+        highest = sum(price * self.search.free[number] for number, price in self.prices.items())
+        highest += sum(max(ranked[0][0], 0) for ranked in self.ranked if ranked)
+        lowest = self.best + self.grain
+        for number, part in enumerate(NEARNESS, 1):
+            if highest < lowest:
+                return
+            self.goal = highest - int((highest - lowest) * part) if part < 1 else lowest
+            self.limit = steps * number // len(NEARNESS)
+            self.walk(0, 0, [0] * len(self.numbers))
+            if self.found is not None and self.steps < self.limit:
+                return
+            lowest = self.best + self.grain
 
     def walk(self, depth: int, score: int, heads: list[int]) -> None:
         """Try everything for the servers from C(depth) on.
@@ -291,34 +422,46 @@ class _Tree:
         """
         self.steps += 1
         search, numbers = self.search, self.numbers
+        if depth == len(numbers):
+            if score >= self.goal:
+                self.best = score
+                self.goal = score + self.grain
+                self.found = {number: search.answer[number] for number in numbers}
+            return
         heads = list(heads)
-        bound, first = score, 0
+        sold = sum(price * search.free[number] for number, price in self.prices.items())
+        rest = 0
         for index in range(depth, len(numbers)):
             item = search.items[numbers[index]]
-            options = item.options
-            head, end = heads[index], len(options)
-            while head < end and not search.fits(item, options[head]):
+            ranked = self.ranked[index]
+            head, end = heads[index], len(ranked)
+            while head < end and not search.fits(item, ranked[head][1]):
                 head += 1
             heads[index] = head
-            worth = options[head].score if head < end else 0
-            bound += worth
-            if index == depth:
-                first = worth
-        if bound < self.best + self.grain:
-            return
-        if depth == len(numbers):
-            self.best = score
-            self.found = {number: search.answer[number] for number in numbers}
-            return
+            if index > depth and head < end and ranked[head][0] > 0:
+                rest += ranked[head][0]
         number = numbers[depth]
         item = search.items[number]
-        rest = bound - score - first
         if search.allowed(number):
-            for option in search.ways(item, heads[depth]):
-                if self.steps >= self.limit or score + option.score + rest < self.best + self.grain:
+            for worth, option in self._ways(item, depth, heads[depth]):
+                if self.steps >= self.limit or worth + score + rest + sold < self.goal:
                     break
                 gained = search.place(number, option)
                 self.walk(depth + 1, score + gained, heads)
                 search.lift(number)
-        if self.steps < self.limit and score + rest >= self.best + self.grain:
+        if self.steps < self.limit and score + rest + sold >= self.goal:
             self.walk(depth + 1, score, heads)
+
+    def _ways(self, item: Item, index: int, start: int) -> Iterator[tuple[int, Option]]:
+        """Yield what fits, best first; of those that come to the same only one."""
+        search, ranked = self.search, self.ranked[index]
+        end = len(ranked)
+        while start < end:
+            worth = ranked[start][0]
+            run = []
+            while start < end and ranked[start][0] == worth:
+                if search.fits(item, ranked[start][1]):
+                    run.append(ranked[start][1])
+                start += 1
+            for option in search.alike(run) if len(run) > 1 else run:
+                yield worth, option
