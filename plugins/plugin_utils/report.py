@@ -461,22 +461,23 @@ def moves(before: dict[str, Any], after: dict[str, Any]) -> list[dict[str, str]]
 
     known = {refusal["model"] for refusal in before["refused"]}
     lost = {refusal["model"] for refusal in after["refused"]} - known - {one["model"] for one in after["instances"]}
+    successors = _successors(old, new)
     for name, instance in old.items():
-        place = f"{instance['node']} {where(instance)}"
-        if name not in new:
-            if instance["model"] in lost:
-                continue  # said once, with the reason
-            tell("leaves", instance, f"{name} leaves {place}")
+        place, now = f"{instance['node']} {where(instance)}", successors.get(name)
+        if now is None:
+            if instance["model"] not in lost:  # else it is said once, with the reason
+                tell("leaves", instance, f"{name} leaves {place}")
             continue
-        now, place_now = new[name], f"{new[name]['node']} {where(new[name])}"
+        place_now = f"{now['node']} {where(now)}" + (f" as {now['name']}" if now["name"] != name else "")
         changed = _changed(instance, now, before, after)
         also = f", with {', '.join(changed)}" if changed else ""
         if place != place_now:
             tell("moves", now, f"{name} moves from {place} to {place_now}{also}")
         elif changed:
             tell("changes", now, f"{name} on {place} changes: {', '.join(changed)}")
+    there = {instance["name"] for instance in successors.values()}
     for name, instance in new.items():
-        if name not in old:
+        if name not in there:
             tell("starts", instance, f"{name} starts on {instance['node']} {where(instance)}, {_total(instance)} MiB")
     ran = {instance["model"] for instance in before["instances"]}
     for refusal in after["refused"]:
@@ -485,6 +486,19 @@ def moves(before: dict[str, Any], after: dict[str, Any]) -> list[dict[str, str]]
             sentence = f"{refusal['model']} has no place{more}: {refusal['reason']}"
             found["refused"].append({"server": "", "model": refusal["model"], "kind": "refused", "sentence": sentence})
     return [move for kind in found.values() for move in kind]
+
+
+def _successors(old: dict[str, dict[str, Any]], new: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return for each server that goes on the one that takes its place: of its name, else another one of its model."""
+    found = {name: new[name] for name in old if name in new}
+    free = [instance for name, instance in new.items() if name not in old]
+    for name, instance in old.items():
+        for other in free if name not in found else []:
+            if other["model"] == instance["model"]:
+                found[name] = other
+                free.remove(other)
+                break
+    return found
 
 
 def _changed(old: dict[str, Any], new: dict[str, Any], before: dict[str, Any], after: dict[str, Any]) -> list[str]:

@@ -181,7 +181,7 @@ def test_what_moves_is_said_in_one_sentence_each() -> None:
     first, second, gpt, llama, _nomic = before["instances"]
     first.update(node="mac", quant="Q6_K")
     second["server_options"]["ctx-size"] = 4096
-    before["instances"] = [first, second, {**gpt, "name": "gpt-oss-20b"}, llama]
+    before["instances"] = [first, second, {**gpt, "name": "gpt-oss-20b", "model": "gpt-oss-20b"}, llama]
     assert [(move["kind"], move["sentence"]) for move in report.moves(before, after)] == [
         (
             "refused",
@@ -195,6 +195,16 @@ def test_what_moves_is_said_in_one_sentence_each() -> None:
     ]
     assert report.moves(after, after) == []
     assert report.table(after, after, 100).endswith("AGAINST THE PLAN IN FORCE\n  Nothing moves.")
+
+
+def test_a_server_that_goes_to_another_node_moves_whatever_it_is_called_there() -> None:
+    after = report_plans.everything()
+    before = copy.deepcopy(after)
+    before["instances"][0].update(name="qwen3-coder-30b-2", node="nuc", devices=[])
+    (move,) = report.moves(before, after)
+    assert move["sentence"] == "qwen3-coder-30b-2 moves from nuc cpu to forge gpu0 as qwen3-coder-30b"
+    (move,) = report.moves({**after, "refused": after["refused"]}, {**after, "instances": after["instances"][1:]})
+    assert move["sentence"] == "qwen3-coder-30b leaves forge gpu0"
 
 
 def test_files_that_change_under_the_same_name_are_a_change() -> None:
