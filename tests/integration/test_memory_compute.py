@@ -71,7 +71,10 @@ def test_the_engine_takes_what_the_header_says(name, tmp_path):
         assert sources == {"computed"}
         for place, sizes in answer.items():
             if sizes.get("compute", 0.0) > 0.1:
-                assert said[place] == pytest.approx(sizes["compute"], rel=0.02, abs=0.5), (place, count, options)
+                # An encoder that is split may be told one vector of the batch too many.
+                share = 0.08 if shape["pooling"] else 0.02
+                assert said[place] == pytest.approx(sizes["compute"], rel=share, abs=0.5), (place, count, options)
+                assert said[place] >= sizes["compute"] - 0.5
 
 
 def test_what_is_laid_out_is_what_is_taken(tmp_path):
