@@ -13,6 +13,8 @@ from ansible_collections.homelab.inference.plugins.plugin_utils import views
 
 # Sources that module model_source_info resolves; files in libraries are found in the nodes' own indexes.
 REMOTE_SOURCES = ("hf", "url", "file")
+# The owner's words in C(args) for a draft model, a path in the model's own volume.
+DRAFT_ARGS = ("spec-draft-model", "model-draft")
 
 
 def sources(models: dict[str, dict[str, Any]], directory: str) -> list[dict[str, Any]]:
@@ -66,7 +68,27 @@ def resolve(
             and lock["declared"]["models"].get(name, {}).get("source") == model["source"]
         ):
             resolved[name] = lock["models"][name]
+        wanted = _draft(model)
+        if wanted and name in resolved:
+            entry = _in_libraries(wanted, libraries)
+            draft = entry["shape"] if entry else resolved[name].get("draft")
+            if draft:
+                resolved[name] = _with_draft(resolved[name], draft)
+            else:
+                del resolved[name]
     return resolved
+
+
+def _draft(model: dict[str, Any]) -> str | None:
+    """Return the file name of the draft model that a model's C(args) ask for."""
+    found = next((model["args"][key] for key in DRAFT_ARGS if model["args"].get(key)), None)
+    return PurePosixPath(str(found)).name if found else None
+
+
+def _with_draft(entry: dict[str, Any], draft: dict[str, Any]) -> dict[str, Any]:
+    """Return files with the shape of the draft model beside them."""
+    variants = {"variants": [{**one, "draft": draft} for one in entry["variants"]]} if "variants" in entry else {}
+    return {**entry, "draft": draft, **variants}
 
 
 def _outside(entry: dict[str, Any]) -> dict[str, Any]:
@@ -77,6 +99,7 @@ def _outside(entry: dict[str, Any]) -> dict[str, Any]:
         "files": [*entry["files"], *([entry["mmproj"]] if entry.get("mmproj") else [])],
         "mmproj": entry["mmproj"]["name"] if entry.get("mmproj") else None,
         "shape": entry["shape"],
+        **({"projector": entry["mmproj"]["shape"]} if entry.get("mmproj") else {}),
     }
 
 
@@ -89,6 +112,8 @@ def unresolved(
         if "library" in model["source"]:
             looked = ", ".join(host for host in libraries) or "no host"
             reasons[name] = f"{model['source']['library']} lies in no node_library ({looked} answered)"
+        if name not in reasons and _draft(model):
+            reasons[name] = f"its draft model {_draft(model)} lies in no node_library, so what it takes is not known"
     return reasons
 
 

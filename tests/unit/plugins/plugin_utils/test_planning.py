@@ -42,3 +42,17 @@ def test_a_server_gets_the_files_of_the_variant_that_the_plan_chose() -> None:
     found = planning.resolve(models, [answer("Q6_K"), answer("Q4_K_M")], {}, None)
     lock = {"models": found}
     assert views.chosen({"model": "chat", "variant": 1}, lock)["files"][0]["name"] == "chat-Q4_K_M.gguf"
+
+
+def test_a_projector_and_a_draft_model_are_known_to_the_plan() -> None:
+    models = registry(hf="owner/name", mmproj="auto")
+    seen = {**answer("Q4_K_M"), "mmproj": {"name": "mmproj.gguf", "size": 2, "shape": {"architecture": "clip"}}}
+    found = planning.resolve(models, [seen], {}, None)["chat"]
+    assert found["projector"] == {"architecture": "clip"} and found["files"][-1]["name"] == "mmproj.gguf"
+
+    models["chat"]["args"] = {"model-draft": "/models/small.gguf"}
+    small = {"library": "/srv", "name": "small.gguf", "path": "small.gguf", "size": 1, "sha256": None, "shards": []}
+    index = {"forge": [{**small, "commit": None, "shape": {"quant": "Q8_0"}}]}
+    assert planning.resolve(models, [seen], index, None)["chat"]["draft"] == {"quant": "Q8_0"}
+    assert planning.resolve(models, [seen], {}, None) == {}
+    assert "draft model small.gguf lies in no node_library" in planning.unresolved(models, [], {})["chat"]
