@@ -11,7 +11,7 @@ from ansible_collections.homelab.inference.plugins.module_utils.memory import ca
 from ansible_collections.homelab.inference.plugins.module_utils.memory import compute as computing
 from ansible_collections.homelab.inference.plugins.module_utils.memory.cache import cache
 from ansible_collections.homelab.inference.plugins.module_utils.memory.compute import compute
-from ansible_collections.homelab.inference.plugins.module_utils.memory.host import host
+from ansible_collections.homelab.inference.plugins.module_utils.memory.host import host, vocabulary, with_page_tables
 from ansible_collections.homelab.inference.plugins.module_utils.memory.layers import HOST
 from ansible_collections.homelab.inference.plugins.module_utils.memory.options import MIB
 from ansible_collections.homelab.inference.plugins.module_utils.memory.weights import repacked, weights
@@ -52,7 +52,7 @@ def predict(
         found += _projector(projector, options, devices)
     if draft:
         found += _draft(draft, options, devices, backend)
-    return found
+    return with_page_tables(found)
 
 
 def totals(parts: list[dict[str, Any]]) -> dict[str, int]:
@@ -88,6 +88,7 @@ def _draft(
     own = draft_options(options)
     found = weights(shape, own, devices) + cache(shape, own, devices) + compute(shape, own, devices, backend, None)
     found.append({"where": HOST, "kind": "repack", "bytes": repacked(shape, own, devices), "source": "computed"})
+    found.append({"where": HOST, "kind": "base", "bytes": vocabulary(shape), "source": "bound"})
     return _merged(found, "draft")
 
 
