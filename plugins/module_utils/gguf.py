@@ -396,6 +396,7 @@ def _read_tensor(cursor: _Cursor, header: Header) -> None:
         elif FEED_FORWARD.search(name):
             header.ffn_bytes[index] = header.ffn_bytes.get(index, 0) + size
     elif INPUT.match(name):
+        part = "looked up"
         header.input_bytes += size
         if name == "token_embd.weight" and dimensions > 1:
             part = "embedding"
@@ -406,8 +407,15 @@ def _read_tensor(cursor: _Cursor, header: Header) -> None:
         header.has_output = header.has_output or name == "output.weight"
     else:
         header.other_bytes += size
-    # Only matrices, and stacks of them where a router picks one.
-    if type_name in REPACKED and dimensions == (3 if part == "experts" else 2) and shape[1] % 8 == 0:
+    # Only matrices that are multiplied by, and stacks of them where a router picks one.
+    if name.endswith(".nextn.embed_tokens.weight"):
+        part = "looked up"
+    if (
+        type_name in REPACKED
+        and part != "looked up"
+        and dimensions == (3 if part == "experts" else 2)
+        and shape[1] % 8 == 0
+    ):
         key = (type_name, part, index)
         header.repack_bytes[key] = header.repack_bytes.get(key, 0) + size
 

@@ -85,6 +85,12 @@ def test_sums_are_those_of_the_reference_reader(tmp_path, experts):
     assert shape["expert_count"] == experts
 
 
+def test_tables_that_are_looked_up_are_never_reordered():
+    names = [b"token_types.weight", b"blk.0.nextn.embed_tokens.weight", b"blk.0.attn_q.weight"]
+    header = read(files.header([], [files.tensor(name, [256, 8], 12, 1152 * at) for at, name in enumerate(names)]))
+    assert gguf.shape([header])["repack_bytes"] == {"Q4_K": {"blocks": [1152]}}
+
+
 def test_tensor_types_are_those_of_the_reference():
     # The package knows fewer types than ggml 0.27; what it knows has to agree.
     theirs = {kind.value: (kind.name, *reference.GGML_QUANT_SIZES[kind]) for kind in reference.GGMLQuantizationType}
