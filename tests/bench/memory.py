@@ -210,9 +210,9 @@ def main() -> int:
                     for kind in KINDS:
                         if place == "host":
                             if kind != "total":
-                                host.add(kind, expected[place][kind], truth[kind])
+                                host.add(kind, expected.get(place, {}).get(kind, 0.0), truth[kind])
                             continue
-                        scores["homelab.inference"].add(kind, expected[place][kind], truth[kind])
+                        scores["homelab.inference"].add(kind, expected.get(place, {}).get(kind, 0.0), truth[kind])
                         if said and not given.get("cpu-moe") and not given.get("n-cpu-moe"):
                             devices = said[index]
                             there = devices[1 + int(place[3:])] if len(devices) > 1 + int(place[3:]) else {}

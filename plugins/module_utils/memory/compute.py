@@ -9,12 +9,14 @@ The forward pass is laid out as the engine lays it out (forward.py) and given ro
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
 from ansible_collections.homelab.inference.plugins.module_utils.memory.cache import _Model
 from ansible_collections.homelab.inference.plugins.module_utils.memory.calibration import corrected, fits
 from ansible_collections.homelab.inference.plugins.module_utils.memory.forward import (
+    EXPERTS_LIKE_DENSE,
     FAMILIES,
     Family,
     Forward,
@@ -24,8 +26,10 @@ from ansible_collections.homelab.inference.plugins.module_utils.memory.forward i
 from ansible_collections.homelab.inference.plugins.module_utils.memory.graph import HOST as PROCESSOR
 from ansible_collections.homelab.inference.plugins.module_utils.memory.graph import sizes
 from ansible_collections.homelab.inference.plugins.module_utils.memory.layers import HOST, layer_count, places
-from ansible_collections.homelab.inference.plugins.module_utils.memory.options import Settings, settings
+from ansible_collections.homelab.inference.plugins.module_utils.memory.options import ALL_LAYERS, Settings, settings
 
+LENDS_NOTHING = ("cpu", "emulated")
+LENT_FROM = 32  # tokens of a batch, from which on a GPU computes for the processor
 COPIES = 4  # batches that several devices work on at the same time (GGML_SCHED_MAX_COPIES)
 PERIODS = (1, 2, 3, 4, 5, 6, 8)  # after how many layers a model repeats itself
 KEPT, KEPT_LAYERS = 2, 3  # groups and layers that are laid out before repetitions are left out
@@ -46,16 +50,45 @@ def compute(
     chosen = settings(options, shape)
     source = "bound" if unknown(shape) else "computed"
     found = buffers(shape, chosen, devices)
+    lent = _lent(shape, chosen, devices, backend)
+    if lent:
+        first = devices[0]["id"]
+        found[first] = max(found[first], lent)
     if calibration and fits(calibration, shape, options, devices):
         source = "calibrated"
         found = _calibrated(calibration, shape, options, devices, found)
     parts = [
         {"where": place, "kind": "compute", "bytes": size, "source": source} for place, size in found.items() if size
     ]
+    if lent and source == "computed":
+        parts = [{**part, "source": "bound"} if part["where"] == first else part for part in parts]
     size = output_bytes(shape, chosen)
     if size:
         parts.append({"where": HOST, "kind": "output", "bytes": size, "source": source})
     return parts
+
+
+def _lent(shape: dict[str, Any], chosen: Settings, devices: list[dict[str, Any]], backend: str) -> int:
+    """Return the most that the first device needs for layers of the processor, 0 where it does not help it.
+
+    A GPU computes large batches for it: the weights come over one matrix after the other, and what is computed with
+    them lies there too. A device behind RPC does not.
+    """
+    if not devices or backend in LENDS_NOTHING or not chosen.op_offload or chosen.ubatch < LENT_FROM:
+        return 0
+    where = places(layer_count(shape), chosen, devices)
+    matrices = [0]
+    for index, (block, experts) in enumerate(zip(shape["block_bytes"], shape["expert_bytes"])):
+        if where[index] == HOST:
+            matrices.append((block - experts) * 2 // 5)
+        if where[index] == HOST or index < chosen.moe_on_cpu:
+            matrices.append(experts * (7 if shape["architecture"] == "gemma4" else 5) // 10)
+        if index < chosen.ffn_on_cpu:
+            matrices.append((block - experts) * 2 // 5)
+    if not max(matrices):
+        return 0
+    everything = replace(chosen, gpu_layers=ALL_LAYERS, moe_on_cpu=0, ffn_on_cpu=0, split=(1.0,), split_mode="layer")
+    return buffers(shape, everything, devices[:1])[devices[0]["id"]] + max(matrices)
 
 
 def _calibrated(
@@ -125,7 +158,9 @@ def _sizes(model: Pass, devices: int, copies: int) -> tuple[int, ...]:
 def _extra(model: Pass) -> int:
     """What an unknown architecture may need beyond a common one: more copies of a token's vector, and states."""
     inner, state, groups, _heads, _kernel = model.state
-    return 4 * model.tokens * (4 * model.width + 6 * (inner + 2 * groups * state))
+    heads, key = model.indexer
+    choosing = 3 * heads * key + 8 * model.cells if heads and key else 0
+    return 4 * model.tokens * (4 * model.width + 6 * (inner + 2 * groups * state) + choosing)
 
 
 def _pass(shape: dict[str, Any], chosen: Settings, devices: list[dict[str, Any]], family: Family) -> Pass:
@@ -142,7 +177,9 @@ def _pass(shape: dict[str, Any], chosen: Settings, devices: list[dict[str, Any]]
         return default if found is None else int(found)
 
     rank = number("attention.kv_lora_rank")
-    expert_forward = number("expert_feed_forward_length", max((layer.forward for layer in layers), default=0))
+    expert_forward = max((layer.forward for layer in layers), default=0)
+    if str(shape["architecture"]) not in EXPERTS_LIKE_DENSE:
+        expert_forward = number("expert_feed_forward_length") or expert_forward
     shared = number("expert_shared_feed_forward_length") or number("expert_shared_count") * expert_forward
     turned = [kind.startswith(("q", "iq")) and family.kind != "latent" for kind in (chosen.type_k, chosen.type_v)]
     sequences = min(chosen.slots, chosen.ubatch)
@@ -184,6 +221,7 @@ def _pass(shape: dict[str, Any], chosen: Settings, devices: list[dict[str, Any]]
             number("ssm.time_step_rank"),
             number("ssm.conv_kernel"),
         ),
+        indexer=(number("attention.indexer.head_count"), number("attention.indexer.key_length")),
         values_width=max((layer.kv_heads * layer.value for layer in layers), default=0),
     )
 

@@ -116,3 +116,20 @@ def test_an_unknown_architecture_gets_an_upper_bound_and_says_so():
             for where, (size, _output) in taken.items():
                 assert said.get(where, 0.0) >= size - 8, (name, where, options)
     assert subject.unknown(strange) and not subject.unknown(known)
+
+
+def test_a_gpu_that_computes_for_the_processor_needs_room_for_its_weights():
+    shape = {**TABLE["llama-3.1-8b"]["shape"], "block_bytes": [140 * MIB] * 32, "expert_bytes": [0] * 32}
+    options = {"ctx-size": 8192, "parallel": 1, "n-gpu-layers": 16}
+    card = [{"id": "gpu0", "vendor": "nvidia", "memory_mib": 24576}]
+
+    def on_card(options, backend):
+        (part,) = [part for part in compute(shape, options, card, backend) if part["where"] == "gpu0"]
+        return part["bytes"], part["source"]
+
+    remote, lent = on_card(options, "emulated"), on_card(options, "cuda")
+    assert (remote[1], lent[1]) == ("computed", "bound")
+    assert lent[0] - remote[0] >= 56 * MIB
+    assert on_card({**options, "op-offload": False}, "cuda") == remote
+    full = {**options, "n-gpu-layers": "all"}
+    assert on_card(full, "cuda") == on_card(full, "emulated")
