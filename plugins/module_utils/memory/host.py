@@ -102,10 +102,19 @@ def prompt_cache(shape: dict[str, Any], options: dict[str, Any], chosen: Setting
 
 
 def checkpoint(shape: dict[str, Any], chosen: Settings) -> int:
-    """Return the bytes of one checkpoint: of a slot's cache what cannot be rolled back, windows and states."""
+    """Return the bytes of one checkpoint: of a slot's cache what cannot be rolled back, windows and states.
+
+    Of a window's cache those tokens are kept that the window still shows, not what a batch needs beside them.
+    """
     model = _Model(shape, replace(chosen, slots=1, streams=1))
-    windows = [False] * len(model._sliding) if chosen.swa_full else model._sliding
-    return sum((kv if window else 0) + state for window, (kv, state) in zip(windows, model.sizes()))
+    cells = model._window_cells(1) if any(model._sliding) else 1
+    shown = cells if model._name == "deepseek4" else min(model._window, cells)
+    total = 0
+    for window, (kv, state) in zip(model._sliding, model.sizes()):
+        total += state
+        if window and not chosen.swa_full:
+            total += kv * shown // cells
+    return total
 
 
 def vocabulary(shape: dict[str, Any]) -> int:

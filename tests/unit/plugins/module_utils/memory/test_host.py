@@ -87,8 +87,8 @@ def test_a_model_without_windows_and_states_needs_no_checkpoints():
 def test_checkpoints_hold_what_cannot_be_rolled_back():
     gemma = shape(architecture="gemma3", block_count=6, block_bytes=[20 * MIB] * 6, expert_bytes=[0] * 6)
     gemma["hparams"] = {"feed_forward_length": 4096, "attention.sliding_window": 512}
-    # Five of six layers, 512 + 512 tokens, keys and values of 1024 halves each; two slots, two checkpoints each.
-    one = 5 * 1024 * 2 * 1024 * 2 / MIB
+    # Five of six layers, the 512 tokens of the window, keys and values of 1024 halves each; two slots, two checkpoints.
+    one = 5 * 512 * 2 * 1024 * 2 / MIB
     assert sizes(gemma, OPTIONS, [], "cpu")["host", "prompt_cache"] == 2 * 2 * one
     assert sizes(gemma, {**OPTIONS, "kv-unified": True}, [], "cpu")["host", "prompt_cache"] == 2 * 2 * one
     assert ("host", "prompt_cache") not in sizes(gemma, {**OPTIONS, "swa-full": True}, [], "cpu")
