@@ -127,7 +127,7 @@ def _source(word: str, lab: dict[str, Any], directory: Path) -> tuple[str, dict[
         source: dict[str, Any] = {"hf": hub["repo"]}
         if rest[0] in ("blob", "resolve") and len(rest) > 2:
             source |= {"revision": rest[1], "file": "/".join(rest[2:]).split("?")[0]}
-        return _name(source.get("file", hub["repo"])), source
+        return _name(str(source.get("file", hub["repo"]))), source
     if "://" in word:
         return _name(word.split("?")[0]), {"url": word}
     for entries in lab["libraries"].values():
@@ -159,7 +159,7 @@ class Row:
     size: int
     node: str
     answer: str  # beside, instead, no
-    choice: ways.Choice | None = None
+    choice: Any = None  # a ways.Choice where it fits
     longest: int = 0
     fetch: int = 0
     gone: tuple[dict[str, Any], ...] = ()
@@ -461,7 +461,9 @@ def _rows(asked: dict[str, Any], answered: dict[str, Any], width: int) -> str:
     )
     fitting = [row for row in rows if row.choice]
     if fitting:
-        cells = [("FILE", "NODE", "WHERE", "CONTEXT", "LONGEST", "SLOTS", "KV", "MiB", "FETCH", "")]
+        cells: list[tuple[str, ...]] = [
+            ("FILE", "NODE", "WHERE", "CONTEXT", "LONGEST", "SLOTS", "KV", "MiB", "FETCH", "")
+        ]
         cells += [_cells(row) for row in fitting]
         told = report.columns(cells, right=(3, 4, 5, 7, 8))
         if max(len(line) for line in told) > width:

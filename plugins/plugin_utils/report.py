@@ -270,12 +270,12 @@ def table(plan: dict[str, Any], before: dict[str, Any] | None = None, width: int
 def _servers(plan: dict[str, Any], width: int) -> str:
     if not plan["instances"]:
         return "No server is planned."
-    rows = [("SERVER", "NODE", "WHERE", "PORT", "QUANT", "CONTEXT", "SLOTS", "KV", "MiB")]
+    rows: list[tuple[str, ...]] = [("SERVER", "NODE", "WHERE", "PORT", "QUANT", "CONTEXT", "SLOTS", "KV", "MiB")]
     for instance in plan["instances"]:
         options = instance["server_options"]
-        row = (instance["name"], instance["node"], where(instance), instance["port"], quant(instance, plan))
-        row += (context(instance), slots(instance), options.get("cache-type-k", "f16"), _total(instance))
-        rows.append(tuple(clean(cell) for cell in row))
+        cells = [instance["name"], instance["node"], where(instance), instance["port"], quant(instance, plan)]
+        cells += [context(instance), slots(instance), options.get("cache-type-k", "f16"), _total(instance)]
+        rows.append(tuple(clean(cell) for cell in cells))
     lines = columns(rows, right=(3, 5, 6, 8))
     if max(len(line) for line in lines) > width:
         lines = []
@@ -330,6 +330,7 @@ def _memory(plan: dict[str, Any], width: int) -> str:
 def _per_server(area: Area, width: int) -> list[str]:
     """Say what each server takes of an area, kind by kind where that is known."""
     kinds = [kind for kind in SERVER_KINDS if any(server.kinds[kind] for server in area.servers)]
+    rows: list[tuple[str, ...]]
     if kinds == ["other"]:
         rows = [(_named(server), str(server.total)) for server in area.servers]
     else:
