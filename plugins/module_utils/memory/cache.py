@@ -129,8 +129,6 @@ ROLLBACK = frozenset(
 POOLED_ROWS = {"qwen4exp": 2, "glm5-next": 3}
 MOST_POOLED_ROWS = 3
 COMPRESSED = {4: "csa", 128: "hca"}  # DeepSeek 4: tokens in one row of a compressed cache
-
-
 KINDS = ("kv", "recurrent", "draft")
 
 

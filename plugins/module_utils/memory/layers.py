@@ -51,6 +51,8 @@ def _ends(chosen: Settings, devices: list[dict[str, Any]]) -> list[float]:
     shares = [*chosen.split, *[0.0] * len(devices)][: len(devices)]
     if not any(shares):
         shares = [float(device.get("cap_mib") or device["memory_mib"]) for device in devices]
+    if not any(shares):
+        shares = [1.0] * len(devices)
     sums, total = [], 0.0
     for share in shares:
         total = _single(total + _single(share))

@@ -41,3 +41,13 @@ def test_a_boundary_is_decided_in_single_precision():
     """In doubles, 7 of 10 layers are not below 0.1 + 0.6 of the cards; the eighth would go to the third one."""
     three = [*TWO, {"id": "gpu2", "memory_mib": 1}]
     assert where(9, {"tensor-split": [0.1, 0.6, 0.3]}, three) == "gpu0*1 gpu1*7 gpu2*2"
+
+
+def test_cards_of_unknown_size_share_alike():
+    assert where(3, {}, [{"id": "gpu0", "memory_mib": 0}, {"id": "gpu1", "memory_mib": 0}]) == "gpu0*2 gpu1*2"
+
+
+def test_blocks_that_are_gone_through_twice_are_layers_each_time():
+    shape = {"architecture": "nanbeige", "block_count": 4, "context_length": 4096, "hparams": {"num_loops": 2}}
+    assert layer_devices(shape, {"n-gpu-layers": 5}, ONE) == ["host"] * 4 + ["gpu0"] * 5
+    assert len(layer_devices({**shape, "hparams": {"num_loops": 1 << 40}}, {}, ONE)) == 513
