@@ -222,6 +222,7 @@ def _pass(shape: dict[str, Any], chosen: Settings, devices: list[dict[str, Any]]
             number("ssm.conv_kernel"),
         ),
         indexer=(number("attention.indexer.head_count"), number("attention.indexer.key_length")),
+        embedding=chosen.embedding,
         values_width=max((layer.kv_heads * layer.value for layer in layers), default=0),
     )
 

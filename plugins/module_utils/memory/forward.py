@@ -132,6 +132,7 @@ class Pass:
     latent: tuple[int, int, int, int, int] = (0, 0, 0, 0, 0)  # q rank, kv rank, rope, key, value
     state: tuple[int, int, int, int, int] = (0, 0, 0, 0, 0)  # inner, state, groups, heads, convolution
     indexer: tuple[int, int] = (0, 0)  # heads and key of what chooses the tokens to attend to
+    embedding: bool = False
     values_width: int = 0  # the widest layer's values
 
 
@@ -404,7 +405,11 @@ class Forward:
         result = self.norm(start, model.width, model.output_device, rows)
         if rows != model.outputs:
             result = self.make(model.width, result, self.rows, rows=model.outputs)
-        result = self.make(model.vocabulary, result, pin=model.output_device, rows=model.outputs)
+        if model.embedding:  # a vector for each sequence is all that is asked for
+            result.output = True
+            result = self.make(model.width, result, given(I32 * model.sequences), rows=model.sequences)
+        else:
+            result = self.make(model.vocabulary, result, pin=model.output_device, rows=model.outputs)
         self.graph.expand(result)
         return self.graph
 
