@@ -24,7 +24,12 @@ DRAFT_OPTIONS = {
     "cpu-moe": ("spec-draft-cpu-moe", "cpu-moe-draft"),
     "n-cpu-moe": ("spec-draft-n-cpu-moe", "spec-draft-ncmoe", "n-cpu-moe-draft"),
 }
-OF_THE_MODEL = tuple(DRAFT_OPTIONS)
+# The most patches that a projector computes together. Where a file says how many make a token, pictures have any size up
+# to so many tokens. Where it says that they are small, it is one of those that cut up larger ones (Gemma 4: 1120 tokens
+# of nine patches) or take several pictures at a time (up to 1024 tokens of four patches).
+PICTURE_TOKENS = 4096
+MOST_PATCHES = 1120 * 9
+TOGETHER = 1024 * 4
 
 
 def predict(
@@ -70,7 +75,7 @@ def unknown(shape: dict[str, Any]) -> list[str]:
 
 def draft_options(options: dict[str, Any]) -> dict[str, Any]:
     """Return the options that a draft model's context is made with: those of its model, with its own on top."""
-    result = {name: value for name, value in options.items() if name not in OF_THE_MODEL}
+    result = {name: value for name, value in options.items() if name not in DRAFT_OPTIONS}
     for name, spellings in DRAFT_OPTIONS.items():
         for spelling in spellings:
             if spelling in options:
@@ -94,11 +99,39 @@ def _draft(
 
 def _projector(shape: dict[str, Any], options: dict[str, Any], devices: list[dict[str, Any]]) -> list[dict[str, Any]]:
     offload = devices and options.get("mmproj-offload", True) and not options.get("no-mmproj-offload")
-    size = shape["weights_bytes"]
-    # The graph of an encoder, at its largest picture.
-    graph = max(256 * MIB, size // 4)
-    parts = [{"where": devices[0]["id"] if offload else HOST, "kind": "projector", "bytes": size + graph}]
-    return [{**part, "source": "bound"} for part in parts]
+    return [
+        {
+            "where": devices[0]["id"] if offload else HOST,
+            "kind": "projector",
+            "bytes": shape["weights_bytes"] + picture_bytes(shape, options),
+            "source": "bound",
+        }
+    ]
+
+
+def picture_bytes(shape: dict[str, Any], options: dict[str, Any]) -> int:
+    """Return the buffer in which a projector computes its largest picture.
+
+    For each patch it holds three rows of its width and one of its feed-forward width at a time (measured with
+    pictures of 448 and 896 pixels: exact to 0.01 MiB). Pictures of any size are cut into patches up to a limit.
+    """
+    given = shape["hparams"]
+
+    def number(name: str, default: int) -> int:
+        value = given.get(f"vision.{name}")
+        return value if isinstance(value, int) and value > 0 else default
+
+    patches = (number("image_size", 896) // number("patch_size", 14)) ** 2
+    merged = number("spatial_merge_size", 0) ** 2
+    if merged:
+        patches = int(options.get("image-max-tokens") or PICTURE_TOKENS) * merged
+    else:
+        patches = max(patches, TOGETHER if patches >= TOGETHER // 4 else MOST_PATCHES)
+    width = number("embedding_length", 1280)
+    size = 4 * patches * (3 * width + number("feed_forward_length", 4 * width))
+    if options.get("flash-attn") in ("off", False):
+        size += 4 * patches * patches * number("attention.head_count", 16)
+    return size
 
 
 def _merged(found: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:

@@ -13,6 +13,7 @@ from ansible_collections.homelab.inference.plugins.module_utils.memory.compute i
 from ansible_collections.homelab.inference.plugins.module_utils.memory.host import host
 from ansible_collections.homelab.inference.plugins.module_utils.memory.predict import (
     draft_options,
+    picture_bytes,
     predict,
     totals,
     unknown,
@@ -147,3 +148,21 @@ def test_a_projector_lies_on_the_first_device_unless_told_otherwise():
         found = of("projector", predict(shape(), options, devices, "cuda", projector=file))
         assert list(found) == ["host"]
         assert found["host"] > 800 * MIB
+
+
+def test_a_picture_is_computed_patch_by_patch():
+    """Gemma 3's projector: the engine says "CPU compute buffer size = 121.25 MiB"."""
+    gemma = {
+        "vision.image_size": 896,
+        "vision.patch_size": 14,
+        "vision.embedding_length": 1152,
+        "vision.feed_forward_length": 4304,
+        "vision.attention.head_count": 16,
+    }
+    assert picture_bytes({"hparams": gemma}, {}) == 121.25 * MIB
+    assert picture_bytes({"hparams": gemma}, {"flash-attn": "off"}) == 121.25 * MIB + 4096**2 * 16 * 4
+    # Small pictures are cut out of larger ones, and where the size is free the limit of tokens counts.
+    assert picture_bytes({"hparams": {**gemma, "vision.image_size": 224}}, {}) > 121.25 * MIB
+    free = {**gemma, "vision.spatial_merge_size": 2}
+    assert picture_bytes({"hparams": free}, {}) == 4 * 121.25 * MIB
+    assert picture_bytes({"hparams": free}, {"image-max-tokens": 1024}) == 121.25 * MIB
