@@ -24,9 +24,9 @@ DRAFT_OPTIONS = {
     "cpu-moe": ("spec-draft-cpu-moe", "cpu-moe-draft"),
     "n-cpu-moe": ("spec-draft-n-cpu-moe", "spec-draft-ncmoe", "n-cpu-moe-draft"),
 }
-# The most patches that a projector computes together. Where a file says how many make a token, pictures have any size up
-# to so many tokens. Where it says that they are small, it is one of those that cut up larger ones (Gemma 4: 1120 tokens
-# of nine patches) or take several pictures at a time (up to 1024 tokens of four patches).
+# The most patches that a projector computes together. Where a file says how many make a token, pictures have any size
+# up to so many tokens. Where it says that pictures are small, it is one of those that cut up larger ones (Gemma 4: 1120
+# tokens of nine patches) or take several at a time (up to 1024 tokens of four patches).
 PICTURE_TOKENS = 4096
 MOST_PATCHES = 1120 * 9
 TOGETHER = 1024 * 4
