@@ -44,7 +44,8 @@ options:
       - Whether to ask the server in O(image) how much memory each model would take.
       - It lays everything out and is stopped before it loads anything, without a network. That takes about two seconds
         and 200 MiB for each model, however large it is. Of a file that is not there in full, the header will do.
-      - The result is for the option C(calibrations) of M(homelab.inference.vram_plan).
+      - In a model's entry of M(homelab.inference.vram_plan)'s O(homelab.inference.vram_plan#module:resolved), as
+        C(calibration), it stands in for the planner's own rules.
     type: bool
     default: false
   image:

@@ -28,6 +28,7 @@ from ansible_collections.homelab.inference.plugins.module_utils.memory.graph imp
 from ansible_collections.homelab.inference.plugins.module_utils.memory.layers import HOST, layer_count, places
 from ansible_collections.homelab.inference.plugins.module_utils.memory.options import ALL_LAYERS, Settings, settings
 
+UNPACKS = ("cuda", "rocm")  # large batches attend to keys and values of type F16 only (fattn.cu)
 LENDS_NOTHING = ("cpu", "emulated")
 LENT_FROM = 32  # tokens of a batch, from which on a GPU computes for the processor
 COPIES = 4  # batches that several devices work on at the same time (GGML_SCHED_MAX_COPIES)
@@ -49,14 +50,14 @@ def compute(
     """
     chosen = settings(options, shape)
     source = "bound" if unknown(shape) else "computed"
-    found = buffers(shape, chosen, devices)
+    found = buffers(shape, chosen, devices, backend)
     lent = _lent(shape, chosen, devices, backend)
     if lent:
         first = devices[0]["id"]
         found[first] = max(found[first], lent)
     if calibration and fits(calibration, shape, options, devices):
         source = "calibrated"
-        found = _calibrated(calibration, shape, options, devices, found)
+        found = _calibrated(calibration, shape, options, devices, backend, found)
     parts = [
         {"where": place, "kind": "compute", "bytes": size, "source": source} for place, size in found.items() if size
     ]
@@ -88,7 +89,7 @@ def _lent(shape: dict[str, Any], chosen: Settings, devices: list[dict[str, Any]]
     if not max(matrices):
         return 0
     everything = replace(chosen, gpu_layers=ALL_LAYERS, moe_on_cpu=0, ffn_on_cpu=0, split=(1.0,), split_mode="layer")
-    return buffers(shape, everything, devices[:1])[devices[0]["id"]] + max(matrices)
+    return buffers(shape, everything, devices[:1], backend)[devices[0]["id"]] + max(matrices)
 
 
 def _calibrated(
@@ -96,13 +97,14 @@ def _calibrated(
     shape: dict[str, Any],
     options: dict[str, Any],
     devices: list[dict[str, Any]],
+    backend: str,
     found: dict[str, int],
 ) -> dict[str, int]:
     chosen = settings(options, shape)
     said: dict[str, dict[tuple[int, int], int]] = {place: {} for place in found}
     for point in known["points"]:
         there = {**options, "ubatch-size": point["ubatch"], "ctx-size": point["cells"] * chosen.streams}
-        for place, size in buffers(shape, settings(there, shape), devices).items():
+        for place, size in buffers(shape, settings(there, shape), devices, backend).items():
             said[place][point["ubatch"], point["cells"]] = size
     names = {device["id"]: f"gpu{index}" for index, device in enumerate(devices)}
     return {
@@ -124,13 +126,17 @@ def output_bytes(shape: dict[str, Any], chosen: Settings) -> int:
     return 4 * width * chosen.slots
 
 
-def buffers(shape: dict[str, Any], chosen: Settings, devices: list[dict[str, Any]]) -> dict[str, int]:
+def buffers(
+    shape: dict[str, Any], chosen: Settings, devices: list[dict[str, Any]], backend: str = "emulated"
+) -> dict[str, int]:
     """Return the bytes of the compute buffer of each device and of the host."""
     names = [*(device["id"] for device in devices), HOST]
     if not layer_count(shape):
         return {}
     family = FAMILIES.get(str(shape.get("architecture")))
     model = _pass(shape, chosen, devices, family or Family())
+    if backend in UNPACKS:
+        model = replace(model, unpacked=(chosen.type_k != "f16", chosen.type_v != "f16"))
     copies = COPIES if _pipelined(shape, chosen, devices) else 1
     found = list(_sizes(model, len(devices), copies))
     if family is None:
@@ -223,6 +229,7 @@ def _pass(shape: dict[str, Any], chosen: Settings, devices: list[dict[str, Any]]
         ),
         indexer=(number("attention.indexer.head_count"), number("attention.indexer.key_length")),
         embedding=chosen.embedding,
+        streams=chosen.streams,
         values_width=max((layer.kv_heads * layer.value for layer in layers), default=0),
     )
 

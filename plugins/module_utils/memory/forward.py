@@ -133,6 +133,8 @@ class Pass:
     state: tuple[int, int, int, int, int] = (0, 0, 0, 0, 0)  # inner, state, groups, heads, convolution
     indexer: tuple[int, int] = (0, 0)  # heads and key of what chooses the tokens to attend to
     embedding: bool = False
+    streams: int = 1
+    unpacked: tuple[bool, bool] = (False, False)  # attention makes keys and values F16 again, all at once
     values_width: int = 0  # the widest layer's values
 
 
@@ -249,6 +251,9 @@ class Forward:
         looked = view(query)
         if model.flash:
             result = self.make(layer.heads * layer.value, looked, keys, values, mask)
+            if layer.device != HOST:
+                for turned, width in zip(model.unpacked, (layer.key, layer.value)):
+                    result.size += F16 * turned * cells * model.streams * layer.kv_heads * width
             if expand:
                 result = self.make(layer.heads * expand, view(result), pin=layer.device)
                 result = self.make(layer.heads * expand, view(result))

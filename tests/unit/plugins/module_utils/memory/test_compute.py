@@ -133,3 +133,19 @@ def test_a_gpu_that_computes_for_the_processor_needs_room_for_its_weights():
     assert on_card({**options, "op-offload": False}, "cuda") == remote
     full = {**options, "n-gpu-layers": "all"}
     assert on_card(full, "cuda") == on_card(full, "emulated")
+
+
+def test_a_quantised_cache_is_unpacked_on_nvidia_and_amd():
+    shape = {**TABLE["llama-3.1-8b"]["shape"], "block_bytes": [140 * MIB] * 32, "expert_bytes": [0] * 32}
+    card = [{"id": "gpu0", "vendor": "nvidia", "memory_mib": 24576}]
+
+    def on_card(kind, backend):
+        options = {"ctx-size": 65536, "parallel": 1, "n-gpu-layers": "all", "cache-type-k": kind, "cache-type-v": kind}
+        (part,) = [part for part in compute(shape, options, card, backend) if part["where"] == "gpu0"]
+        return part["bytes"] / MIB
+
+    one_layer = 2 * 65536 * 8 * 128 * 2 / MIB
+    assert on_card("f16", "cuda") == on_card("f16", "vulkan")
+    # It lies where the feed-forward part lies at another moment.
+    assert one_layer / 2 < on_card("q8_0", "cuda") - on_card("q8_0", "vulkan") <= one_layer
+    assert on_card("q8_0", "rocm") == on_card("q8_0", "cuda")
