@@ -19,7 +19,7 @@ from ansible_collections.homelab.inference.plugins.module_utils.planner.choices 
 from ansible_collections.homelab.inference.plugins.module_utils.planner.files import in_place
 from ansible_collections.homelab.inference.plugins.module_utils.planner.problem import Problem
 from ansible_collections.homelab.inference.plugins.module_utils.planner.room import steady
-from ansible_collections.homelab.inference.plugins.module_utils.planner.search import Search
+from ansible_collections.homelab.inference.plugins.module_utils.planner.search import Item, Option, Search
 from ansible_collections.homelab.inference.plugins.module_utils.planner.start import order
 from ansible_collections.homelab.inference.plugins.module_utils.planner.survival import survival
 
@@ -70,9 +70,7 @@ def write(problem: Problem, search: Search) -> list[dict[str, Any]]:
     names = _Names(problem.previous)
     instances = []
     groups: dict[Any, list[dict[str, Any]]] = {}
-    for item, option in zip(search.items, search.answer):
-        if option is None:
-            continue
+    for item, option in _in_order(problem, search):
         model = problem.models[item.model]
         choice = problem.choices[item.model][option.number]
         place = choice.place
@@ -106,6 +104,18 @@ def write(problem: Problem, search: Search) -> list[dict[str, Any]]:
             one["turns"] = [other["name"] for other in members if other is not one]
     _ports(instances, problem)
     return instances
+
+
+def _in_order(problem: Problem, search: Search) -> list[tuple[Item, Option]]:
+    """Return what is placed in the order of the registry; of one model first those that run now, as they stand."""
+    models, hosts = list(problem.models), list(problem.nodes)
+    before = [(one["model"], one["node"]) for one in problem.previous]
+
+    def rank(pair: tuple[Item, Option]) -> tuple[int, int, int]:
+        where = (pair[0].model, pair[1].host)
+        return models.index(where[0]), before.index(where) if where in before else len(before), hosts.index(where[1])
+
+    return sorted(((item, option) for item, option in zip(search.items, search.answer) if option), key=rank)
 
 
 class _Names:

@@ -23,8 +23,6 @@ NEIGHBOURS, ALL_PARTS_STEPS = 6, 20000
 LARGEST_SET, ALL_SETS_STEPS = 4, 60000
 # How often prices of memory are adjusted before a search.
 PRICE_ROUNDS = 60
-# How far below its bound a search looks, one after the other, as parts of the way down to what it has.
-NEARNESS = (0.1, 0.3, 0.6, 1.0)
 
 
 @dataclass
@@ -401,19 +399,9 @@ class _Tree:
         return found
 
     def run(self, steps: int) -> None:
-        """Look first for what comes near the bound, then for less and less."""
-        highest = sum(price * self.search.free[number] for number, price in self.prices.items())
-        highest += sum(max(ranked[0][0], 0) for ranked in self.ranked if ranked)
-        lowest = self.best + self.grain
-        for number, part in enumerate(NEARNESS, 1):
-            if highest < lowest:
-                return
-            self.goal = highest - int((highest - lowest) * part) if part < 1 else lowest
-            self.limit = steps * number // len(NEARNESS)
-            self.walk(0, 0, [0] * len(self.numbers))
-            if self.found is not None and self.steps < self.limit:
-                return
-            lowest = self.best + self.grain
+        """Look for something better, for so many steps."""
+        self.goal, self.limit = self.best + self.grain, steps
+        self.walk(0, 0, [0] * len(self.numbers))
 
     def walk(self, depth: int, score: int, heads: list[int]) -> None:
         """Try everything for the servers from C(depth) on.
