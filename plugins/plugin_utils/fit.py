@@ -126,10 +126,10 @@ def _source(word: str, lab: dict[str, Any], directory: Path) -> tuple[str, dict[
         rest = (hub["rest"] or "").split("/")
         source: dict[str, Any] = {"hf": hub["repo"]}
         if rest[0] in ("blob", "resolve") and len(rest) > 2:
-            source |= {"revision": rest[1], "file": "/".join(rest[2:]).split("?")[0]}
+            source |= {"revision": rest[1], "file": "/".join(rest[2:]).partition("?")[0]}
         return _name(str(source.get("file", hub["repo"]))), source
     if "://" in word:
-        return _name(word.split("?")[0]), {"url": word}
+        return _name(word.partition("?")[0]), {"url": word}
     for entries in lab["libraries"].values():
         if any(word in (entry["name"], entry["path"]) for entry in entries):
             return _name(word), {"library": word}

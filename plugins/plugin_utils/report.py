@@ -316,7 +316,7 @@ def _memory(plan: dict[str, Any], width: int) -> str:
     if len(lines[0]) > width:
         lines = wrapped(lines[0], width, "", " " * 15)
     for area in found:
-        lines += ["", f"{clean(area.node)} {clean(area.where)} ({clean(area.name)})"[:width], bar(area, width)]
+        lines += ["", f"{clean(area.node)} {clean(area.where)} ({clean(area.name)})"[:width], gauge(area, width)]
         lines += _per_server(area, width)
         rest = [f"{NAMES['reserved']} {area.reserved}"] if area.reserved else []
         rest += [f"{NAMES['others']} {area.others}"] if area.others else []
@@ -388,7 +388,7 @@ def _sources(found: list[Area], width: int) -> list[str]:
     return ["", *lines] if lines else []
 
 
-def bar(area: Area, width: int) -> str:
+def gauge(area: Area, width: int) -> str:
     """Return an area as a bar of signs; what is there at all has at least one."""
     cells = width - 4
     segments = area.segments()

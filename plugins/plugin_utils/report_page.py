@@ -119,7 +119,7 @@ def page(plan: dict[str, Any], before: dict[str, Any] | None = None) -> str:
     ]
     head = [
         Markup('<meta charset="utf-8"/>'),
-        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        element("meta", name_="viewport", content="width=device-width, initial-scale=1"),
         Markup(
             "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\"/>"
         ),

@@ -21,24 +21,23 @@ def where_named(where: str, host: str) -> str:
     return f"the main memory of {host}" if where == HOST else f"{where} of {host}"
 
 
-def nearest(found: list[Choice], free: list[int]) -> tuple[Choice, int] | None:
+def nearest(found: list[Choice], free: list[int]) -> tuple[Choice | None, int]:
     """Return the choice that lacks least, and the bin in which it lacks most."""
-    best: tuple[int, Choice, int] | None = None
+    least, closest, narrowest = 0, None, 0
     for choice in found:
         lacks = [(size - free[number], number) for number, size in choice.needs]
         worst = max(lacks, default=(0, 0))
         total = sum(max(lack, 0) for lack, _number in lacks)
-        if best is None or total < best[0]:
-            best = (total, choice, worst[1])
-    return (best[1], best[2]) if best else None
+        if closest is None or total < least:
+            least, closest, narrowest = total, choice, worst[1]
+    return closest, narrowest
 
 
 def refusal(model: str, found: list[Choice], room: Room, free: list[int]) -> dict[str, Any]:
     """Return the refusal of a model: what its least demanding way needs, and what there is."""
-    close = nearest(found, free)
-    if close is None:
+    choice, number = nearest(found, free)
+    if choice is None:
         return {**_EMPTY, "model": model, "reason": "no node that may run it is left"}
-    choice, number = close
     host, where = room.names[number]
     needed = dict(choice.needs)[number]
     step = choice.step
@@ -167,7 +166,7 @@ def _of_node(
             larger["limit_mib"] = node["limit_mib"] + gib * GIB
         key, value = f"{host}.node_memory_mib", larger["memory_mib"]
     else:
-        size = next(device["memory_mib"] for device in node["devices"] if device["id"] == where) + gib * GIB
+        size = gib * GIB + sum(device["memory_mib"] for device in node["devices"] if device["id"] == where)
         larger = {
             **node,
             "devices": [

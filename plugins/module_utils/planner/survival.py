@@ -45,5 +45,7 @@ def _without(lost: str, instances: list[dict[str, Any]], fallbacks: dict[str, li
         for name in loses:
             instead = next((other for other in fallbacks.get(name, []) if other in alive), None)
             words.append(f"{name} ({instead} answers for it)" if instead else name)
-        sentence = f"Without {lost}: {', '.join(keeps) or 'nothing'} stays, {', '.join(words)} is lost."
+        stay = "stays" if len(keeps) < 2 else "stay"
+        are = "is" if len(words) < 2 else "are"
+        sentence = f"Without {lost}: {', '.join(keeps) or 'nothing'} {stay}, {', '.join(words)} {are} lost."
     return {"lost": lost, "keeps": keeps, "loses": loses, "sentence": sentence}

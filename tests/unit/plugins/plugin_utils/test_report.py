@@ -9,9 +9,9 @@ import copy
 import json
 import re
 import sys
-import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 from ansible_collections.homelab.inference.plugins.plugin_utils import report, report_page
@@ -145,9 +145,9 @@ def test_a_bar_shows_everything_in_its_width(size: int, servers: list[tuple[int,
     taken = [report.Server(str(number), dict(zip(report.SERVER_KINDS, one))) for number, one in enumerate(servers)]
     left = size - sum(server.total for server in taken)
     area = report.Area("n", "gpu0", "card", size, 0, 0, taken, max(left, 0), max(-left, 0))
-    bar = report.bar(area, width)
-    assert len(bar) == width
-    cells = bar[3:-1]
+    gauge = report.gauge(area, width)
+    assert len(gauge) == width
+    cells = gauge[3:-1]
     # One sign for each kind that is there, in their order.
     assert re.sub(r"(.)\1+", r"\1", cells) == re.sub(
         r"(.)\1+", r"\1", "".join(report.SIGNS[kind] for _server, kind, _size in area.segments())
