@@ -6,6 +6,12 @@
 What counts against a container's limit is what cannot be given back: anonymous memory, and the pages of files that are
 needed again and again. Pages of the model that were read once, because its weights lie elsewhere by now, are given back
 as soon as room is short: they are in no part.
+
+Measured (tests/integration/test_memory_host.py prints the table): with reordered weights a server lives as long as its
+anonymous memory, its page tables and about 4 MiB of its program fit, and is killed below. With weights in the file it
+is not killed, but reads from the disk with each token what is missing; so these are counted in full. Of a token table
+that is not the output as well only the rows asked for are needed; it is counted in full, too, so that a limit leaves
+room for prompts of any words.
 """
 
 from __future__ import annotations
