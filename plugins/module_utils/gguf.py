@@ -394,6 +394,7 @@ def _read_tensor(cursor: _Cursor, header: Header) -> None:
             part = "experts"
             header.expert_bytes[index] = header.expert_bytes.get(index, 0) + size
         elif FEED_FORWARD.search(name):
+            part = "feed_forward"
             header.ffn_bytes[index] = header.ffn_bytes.get(index, 0) + size
     elif INPUT.match(name):
         part = "looked up"
@@ -584,12 +585,12 @@ def _by_layer(sizes: list[dict[int, int]]) -> list[int]:
 
 
 def _repackable(sizes: list[dict[tuple[str, str, int], int]]) -> dict[str, dict[str, Any]]:
-    """By type: lists by layer of blocks and of their experts, sums of the rest; what is nothing is not named."""
+    """By type: lists by layer of experts, feed-forward and other weights, sums of the rest; nothing is not named."""
     result: dict[str, dict[str, Any]] = {}
     for name, part in sorted({key[:2] for one in sizes for key in one}):
         by_layer = [{key[2]: size for key, size in one.items() if key[:2] == (name, part)} for one in sizes]
         layers = _by_layer(by_layer)
-        result.setdefault(name, {})[part] = layers if part in ("blocks", "experts") else sum(layers)
+        result.setdefault(name, {})[part] = layers if part in ("blocks", "experts", "feed_forward") else sum(layers)
     return result
 
 

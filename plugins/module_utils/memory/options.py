@@ -60,6 +60,7 @@ class Settings:
     main_gpu: int
     moe_on_cpu: int  # the experts of so many first layers stay on the processor
     ffn_on_cpu: int  # the same for the other feed-forward weights
+    overrides: tuple[tuple[str, str], ...]  # pattern of tensors' names, and the buffer that they go to
     kv_offload: bool
     op_offload: bool
     mmap: bool
@@ -132,6 +133,7 @@ def settings(options: dict[str, Any], shape: dict[str, Any]) -> Settings:
         main_gpu=whole("main-gpu", 0),
         moe_on_cpu=ALL_LAYERS if on("cpu-moe", False) else whole("n-cpu-moe", 0),
         ffn_on_cpu=whole("n-cpu-ffn", 0),
+        overrides=_overrides(given.get("override-tensor")),
         kv_offload=on("kv-offload", True),
         op_offload=on("op-offload", True),
         mmap=on("mmap", True) and str(given.get("load-mode") or "auto") in ("auto", "mmap", "mmap+mlock"),
@@ -168,6 +170,12 @@ def _layers(value: Any) -> int:
     if value is None or value in ("all", "auto"):
         return ALL_LAYERS
     return ALL_LAYERS if int(value) < 0 else int(value)
+
+
+def _overrides(value: Any) -> tuple[tuple[str, str], ...]:
+    parts = value if isinstance(value, (list, tuple)) else str(value or "").split(",")
+    pairs = [str(part).rpartition("=") for part in parts if part]
+    return tuple((pattern, buffer) for pattern, _equals, buffer in pairs)
 
 
 def _numbers(value: Any) -> tuple[float, ...]:

@@ -9,6 +9,7 @@ kept on the processor move their weights alone: the rest of their layer, and its
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from ansible_collections.homelab.inference.plugins.module_utils.memory.layers import HOST, layer_count, places
@@ -37,6 +38,14 @@ WITHOUT_OUTPUT = frozenset(
 )
 # The engine makes their tied output before the token table, and does not see that the two are one.
 TWICE = frozenset(("gemma3n", "gemma4"))
+# Names that stand for the tensors of a part, where an owner says by name what lies where.
+NAMES = {
+    "experts": ("blk.{}.ffn_up_exps.weight", "blk.{}.ffn_gate_exps.weight", "blk.{}.ffn_down_exps.weight"),
+    "feed_forward": ("blk.{}.ffn_up.weight", "blk.{}.ffn_gate.weight", "blk.{}.ffn_down.weight"),
+    "blocks": ("blk.{}.attn_q.weight", "blk.{}.attn_output.weight", "blk.{}.attn_norm.weight"),
+    "output": ("output.weight", "output_norm.weight"),
+    "embedding": ("token_embd.weight",),
+}
 # Its layers after the last are no predictions of further tokens: they belong to the model.
 ROUTER = "graniteswitch"
 
@@ -47,14 +56,15 @@ def weights(
     """Return a part for each place that holds weights; what the processor reorders is P(repacked) and not in it."""
     chosen = settings(options, shape)
     sizes = dict.fromkeys([*(device["id"] for device in devices), HOST], 0)
-    for where, part, index, size in _pieces(shape, chosen, devices):
+    pieces = _pieces(shape, chosen, devices)
+    for where, part, index, size in pieces:
         sizes[where] += size
         if where == HOST and part != "embedding":
             sizes[HOST] -= _reordered(shape, chosen, devices, machine, part, index)
+    # A part that is in two places at once is counted in both.
+    source = "computed" if len({piece[1:3] for piece in pieces}) == len(pieces) else "bound"
     return [
-        {"where": where, "kind": "weights", "bytes": size, "source": "computed"}
-        for where, size in sizes.items()
-        if size
+        {"where": where, "kind": "weights", "bytes": size, "source": source} for where, size in sizes.items() if size
     ]
 
 
@@ -104,11 +114,41 @@ def _pieces(shape: dict[str, Any], chosen: Settings, devices: list[dict[str, Any
     experts, dense = shape["expert_bytes"], shape.get("ffn_bytes", [])
     for index, size in enumerate(shape["block_bytes"][: loaded(shape, chosen.further)]):
         moved = experts[index] if index < len(experts) else 0
-        feed_forward = dense[index] if index < min(len(dense), chosen.ffn_on_cpu) else 0
-        pieces.append((where[min(index, layers)], "blocks", index, size - moved - feed_forward))
-        pieces.append((HOST if index < chosen.moe_on_cpu else where[min(index, layers)], "experts", index, moved))
-        pieces.append((HOST, "feed_forward", index, feed_forward))
-    return pieces
+        feed_forward = dense[index] if index < len(dense) else 0
+        own = where[min(index, layers)]
+        pieces.append((own, "blocks", index, size - moved - feed_forward))
+        pieces.append((HOST if index < chosen.moe_on_cpu else own, "experts", index, moved))
+        pieces.append((HOST if index < chosen.ffn_on_cpu else own, "feed_forward", index, feed_forward))
+    if not chosen.overrides:
+        return pieces
+    return [moved for piece in pieces for moved in _overridden(piece, chosen, devices)]
+
+
+def _overridden(
+    piece: tuple[str, str, int, int], chosen: Settings, devices: list[dict[str, Any]]
+) -> list[tuple[str, str, int, int]]:
+    """Return the piece wherever tensors of it go: the engine looks for the first pattern in each tensor's name."""
+    where, part, index, size = piece
+    found = []
+    for name in NAMES.get(part, ("",)) if size else ("",):
+        place = where
+        buffer = next((buffer for pattern, buffer in chosen.overrides if _in(pattern, name.format(index))), None)
+        if name and buffer:
+            number = re.search(r"\d+$", buffer)
+            inside = number and buffer[: number.start()] != "CPU" and int(number[0]) < len(devices)
+            place = devices[int(number[0])]["id"] if number and inside else HOST
+        # The table itself is on the processor already.
+        moved = (place, part, index, 0 if part == "embedding" and place == HOST != where else size)
+        if moved not in found:
+            found.append(moved)
+    return found
+
+
+def _in(pattern: str, name: str) -> bool:
+    try:
+        return bool(re.search(pattern, name))
+    except re.error:
+        return False
 
 
 def loaded(shape: dict[str, Any], all_of_them: bool = False) -> int:

@@ -68,7 +68,7 @@ def test_shape_of_a_dense_model(tmp_path):
         "block_bytes": [norm + matrix + down] * 2,
         "expert_bytes": [],
         "ffn_bytes": [down] * 2,
-        "repack_bytes": {"Q8_0": {"blocks": [matrix + down] * 2, "embedding": embedding}},
+        "repack_bytes": {"Q8_0": {"blocks": [matrix] * 2, "embedding": embedding, "feed_forward": [down] * 2}},
         "hparams": {"feed_forward_length": 96},
     }
     assert json.loads(json.dumps(shape)) == shape

@@ -22,7 +22,12 @@ SHAPE = {
     "expert_bytes": [0, 20, 30, 40],
     "ffn_bytes": [50, 5, 5, 5],
     "repack_bytes": {
-        "Q4_K": {"blocks": [60, 60, 60, 60], "experts": [0, 7, 8, 9], "embedding": 900},
+        "Q4_K": {
+            "blocks": [57, 57, 57, 57],
+            "feed_forward": [3, 3, 3, 3],
+            "experts": [0, 7, 8, 9],
+            "embedding": 900,
+        },
         "Q6_K": {"blocks": [30]},
     },
     "hparams": {},
@@ -65,6 +70,30 @@ def test_where_weights_go_beside_a_card(options, expected):
     assert where(options, GPU) == expected
 
 
+@pytest.mark.parametrize(
+    ("patterns", "expected"),
+    [
+        ("exps=CPU", {"host": 1000 + 90, "gpu0": 911 + 910}),
+        (r"blk\.(1|2)\.ffn_.*_exps=CPU", {"host": 1000 + 50, "gpu0": 911 + 950}),
+        (r"blk\.[01]\.ffn_(up|gate|down)\.=CPU,^output=CPU", {"host": 1000 + 55 + 10, "gpu0": 901 + 945}),
+        ([r"blk\.3\.=CPU"], {"host": 1000 + 400, "gpu0": 911 + 600}),
+        ("token_embd=CPU", {"host": 1000, "gpu0": 11 + 1000}),
+        (r"blk\.3\.=CUDA0", {"host": 1000, "gpu0": 911 + 1000}),
+        ("(=CPU", {"host": 1000, "gpu0": 911 + 1000}),
+    ],
+)
+def test_an_owner_may_say_by_name_what_lies_where(patterns, expected):
+    assert where({"n-gpu-layers": "all", "override-tensor": patterns}, GPU) == expected
+
+
+def test_a_part_in_two_places_is_counted_in_both_and_says_so():
+    found = weights(SHAPE, {"n-gpu-layers": "all", "override-tensor": "ffn_up_exps=CPU"}, GPU)
+    assert [(part["where"], part["bytes"], part["source"]) for part in found] == [
+        ("gpu0", 911 + 1000, "bound"),
+        ("host", 1000 + 90, "bound"),
+    ]
+
+
 def test_what_the_processor_reorders_is_a_part_of_its_own():
     assert repacked(SHAPE, {}, []) == 4 * 60 + 24 + 900  # the reordered output is a second copy of the table
     assert where({}, []) == {"host": 1000 + 10 + 1 + 1000 - 4 * 60 - 24}
@@ -72,6 +101,7 @@ def test_what_the_processor_reorders_is_a_part_of_its_own():
     assert repacked(SHAPE, {"repack": False}, []) == 0
     assert repacked(SHAPE, {"n-gpu-layers": 3}, EMULATED) == 2 * 60 + 7
     assert repacked(SHAPE, {"n-gpu-layers": "all", "cpu-moe": True}, EMULATED) == 24
+    assert repacked(SHAPE, {"n-gpu-layers": "all", "n-cpu-ffn": 2}, EMULATED) == 6
     # beside a card with pinned memory of its own, weights on the processor stay as they are in the file
     assert repacked(SHAPE, {"n-gpu-layers": 3}, GPU) == 0
 
