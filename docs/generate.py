@@ -164,7 +164,9 @@ def quality() -> str:
     for name, (least, most) in table.FITS.items():
         factor = f"{least:.3f}" if least == most else f"{least:.3f} to {most:.3f}"
         lines.append(f"| {words[name]} | {factor} |")
-    lines.append(f"| takes turns with others | {table.TURNS:.3f} x that of where it is when awake |")
+    words = {"wanted": "takes turns, as its owner wishes first", "accepted": "takes turns, as its owner accepts"}
+    for name, factor in table.TURNS.items():
+        lines.append(f"| {words[name]} | {factor:.3f} x that of where it is when awake |")
     return "\n".join(lines) + "\n"
 
 

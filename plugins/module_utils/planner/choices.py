@@ -242,7 +242,8 @@ def at(
         if not all_of_them and any(size > free[number] for number, size in needs):
             continue
         for turn in (False, True) if "on-demand" in model["keep"] else (False,):
-            worth = quality(*step.positions, place.fit, place.share, turn)
+            mood = ("wanted" if model["keep"][0] == "on-demand" else "accepted") if turn else None
+            worth = quality(*step.positions, place.fit, place.share, mood)
             yield Choice(step, place, turn, worth, memory, needs)
 
 

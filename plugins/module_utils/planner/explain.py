@@ -21,16 +21,16 @@ def where_named(where: str, host: str) -> str:
     return f"the main memory of {host}" if where == HOST else f"{where} of {host}"
 
 
-def nearest(found: list[Choice], free: list[int]) -> tuple[Choice | None, int]:
-    """Return the choice that lacks least, and the bin in which it lacks most."""
-    least, closest, narrowest = 0, None, 0
+def nearest(found: list[Choice], free: list[int]) -> tuple[Choice, int] | None:
+    """Return the choice that lacks least, and the bin in which it lacks most; lacking in one place alone comes first."""
+    best: tuple[tuple[bool, int], Choice, int] | None = None
     for choice in found:
         lacks = [(size - free[number], number) for number, size in choice.needs]
-        worst = max(lacks, default=(0, 0))
-        total = sum(max(lack, 0) for lack, _number in lacks)
-        if closest is None or total < least:
-            least, closest, narrowest = total, choice, worst[1]
-    return closest, narrowest
+        short = [lack for lack, _number in lacks if lack > 0]
+        rank = (len(short) > 1, sum(short))
+        if best is None or rank < best[0]:
+            best = (rank, choice, max(lacks, default=(0, 0))[1])
+    return (best[1], best[2]) if best else None
 
 
 def refusal(model: str, found: list[Choice], room: Room, free: list[int]) -> dict[str, Any]:

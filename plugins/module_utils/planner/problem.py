@@ -324,14 +324,13 @@ class Problem:
         for start in starts:
             search = Search(items, self.room.free(), self._kinds, APART, TIES)
             search.run(start)
-            if not self.fine:
-                self._refine(search)
+            self._refine(search)
             if best is None or search.total() > best.total():
                 best = search
         return best
 
     def _refine(self, search: Search) -> None:
-        """Take the best step for each server where it is: the search looked at a selection of them."""
+        """Take the best step for each server where it is: the search may have looked at a selection of them."""
         for number, item in enumerate(search.items):
             option = search.answer[number]
             if option is None:

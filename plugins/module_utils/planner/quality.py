@@ -12,22 +12,23 @@ from __future__ import annotations
 
 # By position in the owner's list, or in the default one. The numbers go on falling by a thousandth after the last.
 STEPS: dict[str, tuple[float, ...]] = {
-    "quant": (1.0, 0.994, 0.988, 0.982, 0.976, 0.970),
-    "context": (1.0, 0.965, 0.940, 0.920, 0.905, 0.895),
-    "kv": (1.0, 0.860, 0.855, 0.850, 0.845, 0.840),
-    "slots": (1.0, 0.720, 0.715, 0.710, 0.705, 0.700),
+    "quant": (1.0, 0.997, 0.994, 0.991, 0.988, 0.985),
+    "context": (1.0, 0.980, 0.970, 0.965, 0.960, 0.955),
+    "kv": (1.0, 0.935, 0.932, 0.929, 0.926, 0.923),
+    "slots": (1.0, 0.860, 0.857, 0.854, 0.851, 0.848),
 }
 AFTER_LAST = 0.999
 # (with the least, with all of it) on the processor: experts, or whole layers.
 FITS: dict[str, tuple[float, float]] = {
     "one_gpu": (1.0, 1.0),
-    "split": (0.995, 0.995),
-    "experts_on_cpu": (0.50, 0.44),
-    "layers_on_cpu": (0.40, 0.30),
-    "cpu": (0.25, 0.25),
+    "split": (0.998, 0.998),
+    "experts_on_cpu": (0.72, 0.70),
+    "layers_on_cpu": (0.68, 0.64),
+    "cpu": (0.60, 0.60),
 }
-# Times the quality of where it runs when it is awake.
-TURNS = 0.2
+# Taking turns, times the quality of where it runs when awake: the owner's first wish (keep: on-demand), or what he
+# accepts where nothing else fits. Two that take turns are worth more than one that does not and one that is refused.
+TURNS = {"wanted": 0.995, "accepted": 0.52}
 
 
 def step(name: str, position: int) -> float:
@@ -45,10 +46,10 @@ def fit(name: str, share: float = 0.0) -> float:
 
 
 def quality(
-    quant: int, context: int, kv: int, slots: int, where: str, share: float = 0.0, turns: bool = False
+    quant: int, context: int, kv: int, slots: int, where: str, share: float = 0.0, turns: str | None = None
 ) -> float:
     """Return the quality of a server, from 0 to 1: by its positions in the four lists, and by where and how it runs."""
     product = (
         step("quant", quant) * step("context", context) * step("kv", kv) * step("slots", slots) * fit(where, share)
     )
-    return round(product * (TURNS if turns else 1.0), 6)
+    return round(product * (TURNS[turns] if turns else 1.0), 6)

@@ -110,8 +110,8 @@ class Search:
                     held[one] = size
                     self.free[one] -= more
         self.hosts.setdefault(item.model, {})[option.host] = option.quant
+        together = self._together_with(item, option.host) if item.others else 0
         here = self.where.setdefault(option.host, {})
-        together = sum(here.get(other, 0) for other in item.others) if item.others else 0
         here[item.model] = here.get(item.model, 0) + 1
         self.answer[number] = option
         return option.score - self.apart * together
@@ -160,14 +160,20 @@ class Search:
     # --- looking ---------------------------------------------------------------------------------------------------
 
     def first_way(self, item: Item) -> Option | None:
-        """Return the best option that fits, of several the one that leaves its devices emptiest."""
+        """Return the best option that fits; of several one away from its fallbacks, on the emptiest devices."""
         run: list[Option] = []
         for option in item.options:
             if run and option.score < run[0].score:
                 break
             if self.fits(item, option):
                 run.append(option)
-        return self.alike(run)[0] if run else None
+        if not run:
+            return None
+        return min(self.alike(run), key=lambda option: self._together_with(item, option.host))
+
+    def _together_with(self, item: Item, host: str) -> int:
+        here = self.where.get(host, {})
+        return sum(here.get(other, 0) for other in item.others)
 
     def alike(self, run: list[Option]) -> list[Option]:
         """Return options of one score, emptiest devices first; of those that come to the same only one."""
@@ -245,17 +251,17 @@ class Search:
                     self.improve(chosen, SET_STEPS, 1)
 
     def _together(self) -> None:
-        """Look for better options for all pairs of units, then threes, and so on, as long as something gets better."""
+        """Look for better options for each unit, all pairs, threes and so on, as long as something gets better."""
         units: dict[int, list[int]] = {}
         for number, item in enumerate(self.items):
             units.setdefault(item.unit, []).append(number)
-        steps, size, score = 0, 2, self.total()
+        steps, size, score = 0, 1, self.total()
         while size <= min(LARGEST_SET, len(units) - 1) and steps < ALL_SETS_STEPS:
             for chosen in itertools.combinations(units.values(), size):
                 if any(self._missing(numbers) for numbers in chosen):
                     steps += self.improve([number for numbers in chosen for number in numbers], SET_STEPS, 1)
             now = self.total()
-            size, score = (2, now) if now > score else (size + 1, now)
+            size, score = (1, now) if now > score else (size + 1, now)
 
     def _neighbourhoods(self) -> None:
         steps, score = 0, self.total()

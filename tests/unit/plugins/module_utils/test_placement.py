@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from ansible_collections.homelab.inference.plugins.module_utils import placement
-from ansible_collections.homelab.inference.plugins.module_utils.planner import room
+from ansible_collections.homelab.inference.plugins.module_utils.planner import quality, room
 from ansible_collections.homelab.inference.plugins.plugin_utils import lab
 
 MIB = 2**20
@@ -74,6 +74,11 @@ def node(*devices: dict[str, Any], memory: int = 65536, **words: Any) -> dict[st
 def make(
     models: dict[str, Any], nodes: dict[str, Any], gib: float = 4, previous: list[dict[str, Any]] | None = None
 ) -> dict[str, Any]:
+    return placement.plan(*inputs(models, gib), nodes, previous or [])
+
+
+def inputs(models: dict[str, Any], gib: float = 4) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return a registry in normal form and its files."""
     registry = lab.models(
         {"lab": {"lab_models": {name: {"source": {"file": "/x"}, **model} for name, model in models.items()}}}
     )
@@ -81,7 +86,7 @@ def make(
         name: {"files": [{"name": f"{name}.gguf", "size": int(gib * 2**30), "sha256": None}], "shape": shape(gib)}
         for name in registry
     }
-    return placement.plan(registry, resolved, nodes, previous or [])
+    return registry, resolved
 
 
 def test_one_gpu_before_a_split_before_the_processor() -> None:
@@ -223,3 +228,150 @@ def test_an_embedding_model_takes_its_whole_context_in_one_batch() -> None:
     plan = make({"vectors": {"categories": ["embed"], "context": 2048}}, {"a": node()}, gib=0.3)
     options = plan["instances"][0]["server_options"]
     assert options["ubatch-size"] == options["batch-size"] == 2048
+
+
+def on_demand(**words: Any) -> dict[str, Any]:
+    return {"context": 8192, "slots": 1, "kv": "f16", "keep": "on-demand", **words}
+
+
+def test_models_on_demand_take_turns_where_they_do_not_fit_together() -> None:
+    small = {"a": node(gpu(0, 8192), memory=4096)}
+    plan = make({"one": on_demand(), "two": on_demand(), "three": on_demand()}, small, gib=5)
+    turns = {one["name"]: one["turns"] for one in plan["instances"] if one["fit"] == "turns"}
+    assert len(turns) >= 2
+    for name, others in turns.items():
+        assert sorted([name, *others]) == sorted(turns)
+    # The group takes what its largest member takes, not the sum.
+    card = plan["devices"]["a"]["gpu0"]
+    assert card["planned_mib"] <= 8192 - card["reserved_mib"]
+    assert sum(one["memory"]["gpu0"] for one in plan["instances"]) > 8192
+    assert all(one["turns"] == [] for one in make({"one": on_demand()}, small, gib=5)["instances"])
+    tiny = {"a": node(gpu(0, 8192), memory=1024)}
+    always = make({"one": on_demand(keep="always"), "two": on_demand(keep="always")}, tiny, gib=5)
+    assert [one["name"] for one in always["instances"]] == ["one"] and always["refused"][0]["change"]
+
+
+def test_unified_memory_is_one_bin_with_a_cap_of_its_own() -> None:
+    mac = {**gpu(0, 65536, "apple", "unified"), "cap_mib": 16384}
+    words = {"context": 8192, "slots": 1, "kv": "f16"}
+    plan = make({"one": words, "two": words}, {"m": node(mac, memory=65536)}, gib=12)
+    assert [one["fit"] for one in plan["instances"]].count("one_gpu") == 1
+    books = plan["devices"]["m"]
+    assert books["gpu0"]["size_mib"] == 16384 and books["gpu0"]["left_mib"] >= 0
+    everything = sum(sum(one["memory"].values()) for one in plan["instances"])
+    assert books["host"]["planned_mib"] == everything
+    # What Metal may take at most is raised by a word, and the refusal says which.
+    capped = {**gpu(0, 98304, "apple", "unified"), "cap_mib": 73728}
+    big = {"big": {"context": 8192, "slots": 1, "kv": "f16", "nodes": "m"}}
+    tight = make(big, {"m": node(capped, memory=98304, reservations={"host": 20000})}, gib=74)
+    assert all(one["fit"] != "one_gpu" for one in tight["instances"])
+
+
+def test_a_guest_is_never_the_only_home() -> None:
+    nodes = {"rig": node(gpu(0, 24576), presence="guest"), "nuc": node()}
+    one = make({"chat": {"context": 8192, "nodes": ["rig", "nuc"]}}, nodes)["instances"]
+    assert [server["node"] for server in one] == ["nuc"]
+    two = make({"chat": {"context": 8192, "nodes": ["rig", "nuc"], "replicas": 2}}, nodes)["instances"]
+    assert sorted(server["node"] for server in two) == ["nuc", "rig"]
+
+
+def test_what_others_hold_is_planned_around_and_its_jitter_moves_nothing() -> None:
+    models = {"one": {"context": 8192}, "two": {"context": 8192, "priority": 60}}
+    cards = [{**gpu(0, 16384), "used_mib": 6000}, {**gpu(1, 16384), "used_mib": 200}]
+    nodes = {"a": node(*cards)}
+    first = make(models, nodes)
+    assert first["devices"]["a"]["gpu0"]["others_mib"] == 6000
+    registry, resolved = inputs(models)
+    for jitter in (-160, -50, 90, 160):
+        now = {"a": node(*({**card, "used_mib": card["used_mib"] + jitter} for card in cards))}
+        again = placement.plan(registry, resolved, now, first["instances"], previous_nodes=first["nodes"])
+        assert again == first
+    more = {"a": node(*({**card, "used_mib": 13000} for card in cards))}
+    later = placement.plan(registry, resolved, more, first["instances"], previous_nodes=first["nodes"])
+    assert later["devices"]["a"]["gpu0"]["others_mib"] == 13000 and later != first
+    # A reservation whose owner is running counts once.
+    held = {"a": node({**gpu(0, 16384), "used_mib": 4500}, reservations={"gpu0": 4096})}
+    assert make(models, held)["devices"]["a"]["gpu0"]["others_mib"] == 404
+
+
+def test_the_same_facts_give_the_same_plan() -> None:
+    models = {"big": {"replicas": 2}, "mid": {"slots": [4, 1]}, "low": {"keep": ["always", "on-demand"]}}
+    nodes = {"a": node(gpu(0, 12288), gpu(1, 12288)), "b": node(gpu(0, 8192, "amd")), "c": node()}
+    first = make(models, nodes, gib=6)
+    assert make(models, nodes, gib=6, previous=first["instances"]) == first
+
+
+def test_when_plans_tie_the_node_that_has_the_file_wins() -> None:
+    size = 4 * 2**30
+    entry = {"library": "/m", "name": "chat.gguf", "path": "chat.gguf", "size": size, "sha256": None, "shards": []}
+    nodes = {"a": node(gpu(0, 16384)), "b": node(gpu(0, 16384), library=[entry]), "c": node(gpu(0, 16384))}
+    assert make({"chat": {"context": 8192}}, nodes)["instances"][0]["node"] == "b"
+    # What the owner prefers comes before.
+    assert make({"chat": {"context": 8192, "nodes": ["c", "b"]}}, nodes)["instances"][0]["node"] == "c"
+
+
+def test_a_fallback_is_elsewhere_where_that_costs_nothing() -> None:
+    nodes = {"a": node(gpu(0, 24576), gpu(1, 24576)), "b": node(gpu(0, 24576))}
+    models = {"code": {"context": 8192, "fallbacks": ["chat"]}, "chat": {"context": 8192}}
+    assert len({one["node"] for one in make(models, nodes)["instances"]}) == 2
+    plan = make({"code": {**models["code"], "nodes": "b"}, "chat": {"context": 8192, "nodes": "a"}}, nodes)
+    code = next(entry for entry in plan["survival"] if entry["lost"] == "b")
+    assert code["loses"] == ["code"] and "chat answers for it" in code["sentence"]
+    assert [entry["lost"] for entry in plan["survival"]] == ["a", "a gpu0", "a gpu1", "b"]
+
+
+def test_all_servers_of_a_model_have_the_same_file() -> None:
+    registry, resolved = inputs({"chat": {"context": 8192, "slots": 1, "kv": "f16", "replicas": 2}})
+    large, little = (
+        inputs({"chat": {}}, gib)[1]["chat"] | {"quant": name} for name, gib in (("Q8_0", 12), ("Q4_0", 6))
+    )
+    resolved["chat"] = {**large, "variants": [large, little]}
+    nodes = {"a": node(gpu(0, 24576), memory=8192), "b": node(gpu(0, 10240), memory=8192)}
+    plan = placement.plan(registry, resolved, nodes, [])
+    assert [(one["variant"], one["quant"], one["fit"]) for one in plan["instances"]] == [(1, "Q4_0", "one_gpu")] * 2
+
+
+def test_recovery_refuses_nothing_and_says_what_waits_for_what() -> None:
+    words = {"context": 8192, "slots": 1, "kv": "f16"}
+    models = {"high": {**words, "priority": 90}, "low": {**words, "priority": 10}, "mid": words}
+    nodes = {"a": node(gpu(0, 12288), memory=4096), "b": node(gpu(0, 12288), gpu(1, 12288), memory=4096)}
+    registry, resolved = inputs(models, 8)
+    first = placement.plan(registry, resolved, nodes, [])
+    assert len(first["instances"]) == 3 and first["waiting"] == []
+    without = placement.plan(registry, resolved, {"a": nodes["a"]}, first["instances"], recovery=True)
+    assert [one["model"] for one in without["instances"]] == ["high"] and without["refused"] == []
+    waiting = {entry["model"]: entry for entry in without["waiting"]}
+    assert set(waiting) == {"mid", "low"} and all("waits" in entry["sentence"] for entry in waiting.values())
+    assert "b" in {entry["for"] for entry in waiting.values()}
+
+
+def test_an_old_server_stops_first_where_old_and_new_do_not_fit_side_by_side() -> None:
+    words = {"context": 8192, "slots": 1, "kv": "f16"}
+    nodes = {"a": node(gpu(0, 12288))}
+    first = make({"old": words}, nodes, gib=8)["instances"]
+    registry, resolved = inputs({"new": {**words, "priority": 90}, "old": {**words, "priority": 10}}, 8)
+    plan = placement.plan(registry, resolved, nodes, first)
+    new = next(one for one in plan["instances"] if one["name"] == "new")
+    assert new["devices"] == ["gpu0"] and new["stop_first"] == ["old"] and plan["order"]["a"][0] == "new"
+
+
+def test_the_owners_order_of_steps() -> None:
+    """Quant goes first, then context, KV type and slots; leaving the GPU is last."""
+    worth = [
+        quality.quality(0, 0, 0, 0, "one_gpu"),
+        quality.quality(0, 0, 0, 0, "split"),
+        quality.quality(1, 0, 0, 0, "one_gpu"),
+        quality.quality(5, 0, 0, 0, "one_gpu"),
+        quality.quality(0, 1, 0, 0, "one_gpu"),
+        quality.quality(5, 5, 0, 0, "one_gpu"),
+        quality.quality(0, 0, 1, 0, "one_gpu"),
+        quality.quality(5, 5, 5, 0, "one_gpu"),
+        quality.quality(0, 0, 0, 1, "one_gpu"),
+        quality.quality(5, 5, 5, 5, "one_gpu"),
+        quality.quality(0, 0, 0, 0, "experts_on_cpu", 0.125),
+        quality.quality(0, 0, 0, 0, "layers_on_cpu", 0.125),
+        quality.quality(0, 0, 0, 0, "cpu"),
+        quality.quality(0, 0, 0, 0, "one_gpu", turns="accepted"),
+    ]
+    assert worth == sorted(set(worth), reverse=True)
+    assert quality.step("quant", 9) < quality.step("quant", 8) < quality.STEPS["quant"][-1]
