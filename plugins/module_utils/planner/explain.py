@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ansible_collections.homelab.inference.plugins.module_utils.planner.choices import Choice, contexts, variants
-from ansible_collections.homelab.inference.plugins.module_utils.planner.room import HOST, Room
+from ansible_collections.homelab.inference.plugins.module_utils.planner.room import HOST, HOST_RESERVE_PART, Room
 
 # Shorter contexts are of no use in a conversation.
 SHORTEST_CONTEXT = 2048
@@ -21,8 +21,8 @@ def where_named(where: str, host: str) -> str:
     return f"the main memory of {host}" if where == HOST else f"{where} of {host}"
 
 
-def nearest(found: list[Choice], free: list[int]) -> tuple[Choice, int] | None:
-    """Return the choice that lacks least, and the bin in which it lacks most; lacking in one place alone comes first."""
+def nearest(found: list[Choice], free: list[int]) -> tuple[Choice | None, int]:
+    """Return the choice that lacks least, best in one bin alone, and the bin in which it lacks most."""
     best: tuple[tuple[bool, int], Choice, int] | None = None
     for choice in found:
         lacks = [(size - free[number], number) for number, size in choice.needs]
@@ -30,14 +30,14 @@ def nearest(found: list[Choice], free: list[int]) -> tuple[Choice, int] | None:
         rank = (len(short) > 1, sum(short))
         if best is None or rank < best[0]:
             best = (rank, choice, max(lacks, default=(0, 0))[1])
-    return (best[1], best[2]) if best else None
+    return (best[1], best[2]) if best else (None, 0)
 
 
 def refusal(model: str, found: list[Choice], room: Room, free: list[int]) -> dict[str, Any]:
     """Return the refusal of a model: what its least demanding way needs, and what there is."""
     choice, number = nearest(found, free)
     if choice is None:
-        return {**_EMPTY, "model": model, "reason": "no node that may run it is left"}
+        return {**_EMPTY, "model": model, "reason": "no further node that may run it is left"}
     host, where = room.names[number]
     needed = dict(choice.needs)[number]
     step = choice.step
@@ -159,7 +159,8 @@ def _of_node(
                 None,
                 {**nodes, host: {**node, "devices": more}},
             )
-    gib = -(-lack // GIB)
+    # Of more main memory the system keeps a part for itself.
+    gib = -(-(lack * (HOST_RESERVE_PART + 1) // HOST_RESERVE_PART + 1 if where == HOST else lack) // GIB)
     if where == HOST:
         larger = {**node, "memory_mib": node["memory_mib"] + gib * GIB}
         if node.get("limit_mib"):
