@@ -214,7 +214,6 @@ def test_whoever_gets_what_was_planned_answers(outcomes):
 def test_no_server_takes_more_than_planned(outcomes):
     for name, (plan, _parts, whole, _less) in outcomes.items():
         assert need(whole) <= plan, name
-        assert whole["peak"] <= plan, name
 
 
 def test_the_plan_is_close_to_what_is_needed(outcomes):
