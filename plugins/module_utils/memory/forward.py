@@ -55,10 +55,10 @@ FAMILIES = {
     "qwen3vlmoe": NORMED,
     "phi3": Family(fused=True, gate="fused"),
     "gemma3": Family(head_norm=True, post_norm=True, scaled=True),
-    "gpt-oss": Family(normed_weights=False, softmax_late=True, late=True),
+    "gpt-oss": Family(normed_weights=False, softmax_late=True),
     "glm4moe": PLAIN,
     "deepseek2": Family(kind="latent"),
-    "gemma4": Family(head_norm=True, post_norm=True, scaled=True, kind="gemma4", late=True),
+    "gemma4": Family(head_norm=True, post_norm=True, scaled=True, kind="gemma4"),
     "qwen3next": Family(head_norm=True, kind="delta", paired=True),
     "qwen35moe": DELTA,
     "qwen35": DELTA,
@@ -404,12 +404,10 @@ class Forward:
 
     def finish(self, start: Tensor, rows: int) -> Graph:
         model = self.model
-        if rows != model.outputs and model.family.kind not in ("gemma4", "delta"):
+        if rows != model.outputs:
             start = self.make(model.width, start, self.rows, rows=model.outputs)
             rows = model.outputs
         result = self.norm(start, model.width, model.output_device, rows)
-        if rows != model.outputs:
-            result = self.make(model.width, result, self.rows, rows=model.outputs)
         if model.embedding:  # a vector for each sequence is all that is asked for
             result.output = True
             result = self.make(model.width, result, given(I32 * model.sequences), rows=model.sequences)
