@@ -315,15 +315,15 @@ class Problem:
         return search
 
     def _searched(self, items: list[Item]) -> Search:
-        """Return the better answer of two: one that began with what runs now, and one that began with nothing."""
+        """Return the best answer of those that began with what runs now, with nothing, and with the last servers."""
         best: Search | None = None
-        starts: list[list[Option | None]] = [self.incumbent(items, self.previous)] if self.previous else []
+        nothing: list[Option | None] = [None] * len(items)
+        starts = [(self.incumbent(items, self.previous), False)] if self.previous else []
+        starts += [(nothing, False), (nothing, True)]
         # In a large lab the first is all that there is time for.
-        if not starts or self.fine:
-            starts.append([None] * len(items))
-        for start in starts:
+        for start, backwards in starts if self.fine else starts[:1]:
             search = Search(items, self.room.free(), self._kinds, APART, TIES)
-            search.run(start)
+            search.run(start, backwards)
             self._refine(search)
             if best is None or search.total() > best.total():
                 best = search

@@ -219,19 +219,20 @@ class Search:
                 self.place(number, option)
         return tree.steps
 
-    def begin(self, start: list[Option | None]) -> None:
-        """Take C(start) as far as it fits, and give the others the best that is left."""
+    def begin(self, start: list[Option | None], backwards: bool = False) -> None:
+        """Take C(start) as far as it fits, and give the others what is left; C(backwards) the last ones first."""
         order = list(range(len(self.items)))
         for number in order:
             option = start[number]
             if option is not None and self.allowed(number) and self.fits(self.items[number], option):
                 self.place(number, option)
+        order.sort(key=lambda number: (not self.items[number].first, -number if backwards else number))
         self.fill(order)
 
-    def run(self, start: list[Option | None]) -> None:
+    def run(self, start: list[Option | None], backwards: bool = False) -> None:
         """Find a good answer, beginning with C(start)."""
         order = list(range(len(self.items)))
-        self.begin(start)
+        self.begin(start, backwards)
         if len(self.items) > WHOLE_ITEMS:
             self._neighbourhoods()
             return
