@@ -53,6 +53,18 @@ PROGRAM_MIB = 18
 PAGE_TABLE_SHARE = 512
 TOKEN_BYTES = 176
 MERGE_BYTES = 132
+# Bytes for each node of a graph, in the tables that a server fills with zeroes: a graph's own, of which it holds two
+# (measured: 423 each), and the scheduler's. How many nodes there may be follows llama_context::graph_max_nodes of
+# llama.cpp 0.5.0: (for each token of a batch, for each tensor), and never fewer than 1024.
+NODE_BYTES = 1100
+LEAST_NODES = 1024
+NODES = (0, 8)
+MANY_NODES = {
+    **dict.fromkeys(("qwen3next", "qwen35", "qwen35moe", "qwen4exp", "kimi-linear", "bailingmoe3"), (40, 32)),
+    **dict.fromkeys(("deepseek4", "nanbeige", "minimax-01", "minimax-m3", "hy_v4"), (40, 32)),
+    **dict.fromkeys(("kimi-k3", "glm5-next"), (160, 64)),
+    "hrm_text": (80, 64),
+}
 
 
 def host(
@@ -80,9 +92,40 @@ def host(
         _part(HOST, "repack", repacked(shape, options, devices, machine), "computed"),
         _part(HOST, "prompt_cache", prompt_cache(shape, options, chosen), "bound"),
         _part(HOST, "mapped", PROGRAM_MIB * MIB, "bound"),
-        _part(HOST, "base", base * MIB + vocabulary(shape), "bound"),
+        _part(HOST, "base", base * MIB + vocabulary(shape) + tables(shape, chosen), "bound"),
     ]
     return [part for part in found if part["bytes"]]
+
+
+def tables(shape: dict[str, Any], chosen: Settings) -> int:
+    """Return what the tables of the largest graph take, beside those of the small one that every server has."""
+    by_token, by_tensor = MANY_NODES.get(shape["architecture"], NODES)
+    nodes = max(LEAST_NODES, by_token * chosen.ubatch, by_tensor * int(shape.get("tensor_count") or 0))
+    return NODE_BYTES * (nodes - LEAST_NODES)
+
+
+def with_uploads(parts: list[dict[str, Any]], shape: dict[str, Any], backend: str) -> list[dict[str, Any]]:
+    """Return the parts with the copy that a server makes of a tensor before it sends it to another process.
+
+    It is made before compute buffers are: only what is larger than those counts. (Measured: 15.6 MiB for an output of
+    15.6 MiB.)
+    """
+    if backend != "emulated":
+        return parts
+    # Of experts and feed-forward there are three tensors in a layer, of experts at times two merged into one.
+    largest = max(
+        shape["output_bytes"],
+        shape.get("embedding_bytes", shape["input_bytes"]) if shape["tied_output"] else 0,
+        *(size * 2 // 3 for size in shape["expert_bytes"]),
+        *(-(-size // 3) for size in shape.get("ffn_bytes", [])),
+    )
+    later = sum(part["bytes"] for part in parts if part["where"] == HOST and part["kind"] in ("compute", "output"))
+    return [
+        {**part, "bytes": part["bytes"] + max(largest - later, 0)}
+        if part["where"] == HOST and part["kind"] == "base"
+        else part
+        for part in parts
+    ]
 
 
 def with_page_tables(parts: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -11,7 +11,12 @@ from ansible_collections.homelab.inference.plugins.module_utils.memory import ca
 from ansible_collections.homelab.inference.plugins.module_utils.memory import compute as computing
 from ansible_collections.homelab.inference.plugins.module_utils.memory.cache import cache
 from ansible_collections.homelab.inference.plugins.module_utils.memory.compute import compute
-from ansible_collections.homelab.inference.plugins.module_utils.memory.host import host, vocabulary, with_page_tables
+from ansible_collections.homelab.inference.plugins.module_utils.memory.host import (
+    host,
+    vocabulary,
+    with_page_tables,
+    with_uploads,
+)
 from ansible_collections.homelab.inference.plugins.module_utils.memory.layers import HOST
 from ansible_collections.homelab.inference.plugins.module_utils.memory.options import MIB
 from ansible_collections.homelab.inference.plugins.module_utils.memory.weights import repacked, weights
@@ -57,7 +62,7 @@ def predict(
         found += _projector(projector, options, devices)
     if draft:
         found += _draft(draft, options, devices, backend)
-    return with_page_tables(found)
+    return with_page_tables(with_uploads(found, shape, backend))
 
 
 def totals(parts: list[dict[str, Any]]) -> dict[str, int]:

@@ -6,7 +6,11 @@
 from __future__ import annotations
 
 import pytest
-from ansible_collections.homelab.inference.plugins.module_utils.memory.host import DEVICE_OVERHEAD_MIB, host
+from ansible_collections.homelab.inference.plugins.module_utils.memory.host import (
+    DEVICE_OVERHEAD_MIB,
+    host,
+    with_uploads,
+)
 
 MIB = 2**20
 GPU = {"id": "gpu0", "vendor": "nvidia", "memory_mib": 24576, "cap_mib": None}
@@ -109,3 +113,23 @@ def test_a_vocabulary_of_byte_pairs_has_merges_too():
     # Measured: 256000 pieces took 42 MiB; 152000 tokens with as many merges 43 MiB, Llama 3's have twice as many.
     assert 40 < pieces < 44
     assert 43 < pairs < 66
+
+
+def base(**more):
+    parts = host(shape(**more), {**OPTIONS, "ubatch-size": 512}, [], "cpu")
+    return next(part["bytes"] for part in parts if part["kind"] == "base")
+
+
+def test_tables_of_large_graphs_are_counted():
+    # A delta net's graph grows with the batch: 20480 nodes at 512 tokens, 22 MiB as measured.
+    assert base(architecture="qwen3next") - base() == pytest.approx(21.5 * MIB, abs=1.5 * MIB)
+    assert base(tensor_count=300) - base(tensor_count=100) == 1100 * (2400 - 1024)
+
+
+def test_a_tensor_on_its_way_to_another_process_is_held_once_more():
+    parts = [
+        {"where": "host", "kind": "base", "bytes": MIB, "source": "bound"},
+        {"where": "host", "kind": "compute", "bytes": 3 * MIB, "source": "computed"},
+    ]
+    assert with_uploads(parts, shape(), "emulated")[0]["bytes"] == 6 * MIB  # the output, 8 MiB
+    assert with_uploads(parts, shape(), "cuda") == parts
