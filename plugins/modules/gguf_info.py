@@ -256,6 +256,21 @@ files:
           type: list
           elements: int
           sample: [362000000]
+        ffn_bytes:
+          description: The dense feed-forward part of each layer.
+          type: list
+          elements: int
+          sample: [0]
+        embedding_bytes:
+          description: The token table, which an output that is tied to it needs a second time on a device.
+          type: int
+          sample: 175000000
+        repack_bytes:
+          description:
+            - Of the tensors that a processor may keep in another order, the bytes by type of tensor and by part.
+            - Parts are C(blocks), C(experts) and C(feed_forward), each per layer, and C(output), C(embedding), C(other).
+          type: dict
+          sample: {Q4_K: {blocks: [9437184], experts: [301989888]}}
         hparams:
           description: The architecture's other whole numbers and switches, by the key without its prefix.
           type: dict

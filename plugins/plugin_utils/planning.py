@@ -81,7 +81,8 @@ def resolve(
 
 def _draft(model: dict[str, Any]) -> str | None:
     """Return the file name of the draft model that a model's C(args) ask for."""
-    found = next((model["args"][key] for key in DRAFT_ARGS if model["args"].get(key)), None)
+    args = model.get("args", {})
+    found = next((args[key] for key in DRAFT_ARGS if args.get(key)), None)
     return PurePosixPath(str(found)).name if found else None
 
 

@@ -79,7 +79,8 @@ def _lent(shape: dict[str, Any], chosen: Settings, devices: list[dict[str, Any]]
         return 0
     where = places(layer_count(shape), chosen, devices)
     matrices = [0]
-    for index, (block, experts) in enumerate(zip(shape["block_bytes"], shape["expert_bytes"])):
+    # A header may name more layers than it says there are.
+    for index, (block, experts) in enumerate(zip(shape["block_bytes"][: len(where)], shape["expert_bytes"])):
         if where[index] == HOST:
             matrices.append((block - experts) * 2 // 5)
         if where[index] == HOST or index < chosen.moe_on_cpu:

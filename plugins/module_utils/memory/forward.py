@@ -336,7 +336,7 @@ class Forward:
         out = self.make(width * used, act, chosen, pin=device, rows=rows)
         out = self.make(width * used, out, view(weights), inplace=True, rows=rows)
         graph.expand(out)
-        parts = [graph.expand(view(out)) for _ in range(used)]
+        parts = [graph.expand(view(out)) for _part in range(used)]
         result = parts[0]
         for part in parts[1:]:
             result = graph.expand(self.make(width, result, part, inplace=True, rows=rows))

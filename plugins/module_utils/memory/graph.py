@@ -96,7 +96,7 @@ def sizes(graph: Graph, devices: int, copies: int = 1) -> list[int]:
     """
     _assign(graph, devices)
     nodes, leaves = _split(graph, devices, copies)
-    pools = [_Pool() for _ in range(devices + 1)]
+    pools = [_Pool() for _device in range(devices + 1)]
     _allocate(nodes, leaves, pools)
     return [pool.extent for pool in pools]
 
@@ -145,7 +145,7 @@ def _split(graph: Graph, devices: int, copies: int) -> tuple[list[Tensor], list[
             if leaf.input:
                 leaf.output = True
                 extra.append(leaf)
-                extra += [_duplicate(leaf, leaf.device) for _ in range(copies - 1)]
+                extra += [_duplicate(leaf, leaf.device) for _copy in range(copies - 1)]
     current: int | None = None
     part: list[Tensor] = []
     crossing: list[tuple[Tensor, Tensor]] = []
@@ -177,7 +177,7 @@ def _split(graph: Graph, devices: int, copies: int) -> tuple[list[Tensor], list[
                     if copies > 1:
                         made[key].input = made[key].output = True
                         extra.append(made[key])
-                        for _ in range(copies - 1):
+                        for _copy in range(copies - 1):
                             extra.append(_duplicate(read, current))
                             extra[-1].input = extra[-1].output = True
                     crossing.append((read, made[key]))
