@@ -5,14 +5,15 @@
 
 What a container took is what memory/host.py says that a server needs: memory that cannot be given back (anonymous
 and the kernel's own), the pages of the program, and those pages of the model's file that are needed again and again.
-The first is sampled. For the last, all pages of the file are taken away from a server that has become healthy; what it
-has again after the prompts is what it needs.
+The first is sampled. For the last, all pages of the file are taken away from a server that has become healthy; those
+that come back during the prompts are counted, whether they stay or not.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import json
 import os
 import re
@@ -28,6 +29,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import numpy
 from ansible_collections.homelab.inference.plugins.module_utils import llama_server
 
 from tests.fitting.files import MIB
@@ -37,12 +39,15 @@ IMAGE = "homelab-inference/llama.cpp:dev"
 CGROUPS = Path("/sys/fs/cgroup/memory/docker")
 PORT = 8080
 FIRST_ENDPOINT = 50052
-HERTZ = 10
-# Tokens of the context that the prompt leaves free, and how many of them the answer takes.
+HERTZ, LOOK_EVERY = 10, 5
+# Tokens of the context that the prompt leaves free, and how many of them the answer takes. Before that comes a short
+# prompt with a long answer: of a prompt, only the last token goes through the last layer's experts.
 FREE, ANSWER = 16, 4
+FIRST_PROMPT, FIRST_ANSWER = 8, 128
 READY_SECONDS = 180.0
 # Linux numbers: the system call process_madvise, and the advice to take pages away.
 PROCESS_MADVISE, PAGEOUT = 440, 21
+PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
 class ExecutionError(Exception):
@@ -57,6 +62,7 @@ class Taken:
     kept: float = 0.0  # cannot be given back, at its peak
     program: float = 0.0  # pages of programs and libraries
     model: float = 0.0  # pages of the model's file that the prompts touched
+    read: float = 0.0  # from the disk, since the model's pages were taken away
 
     @property
     def peak(self) -> float:
@@ -95,6 +101,8 @@ class Container:
         self.address = next(iter(found["NetworkSettings"]["Networks"].values()))["IPAddress"]
         self.samples: list[float] = []
         self.killed = False
+        self.pages: dict[tuple[int, int], numpy.ndarray] = {}  # those seen, by process and address
+        self.read = 0
 
     def state(self) -> dict[str, Any]:
         return json.loads(docker("inspect", "--format", "{{json .State}}", self.name))
@@ -120,23 +128,38 @@ class Container:
             return f"was killed for want of memory at {self.limit} MiB"
         return "" if state["Running"] else f"ended with {state['ExitCode']}"
 
-    def taken(self) -> Taken:
-        """What it has now of files; the rest is known in the end."""
-        taken = Taken(self.limit)
+    def watch(self) -> None:
+        """Take the model's pages away, and note from now on which ones come back."""
         for process in self.processes():
-            for path, _start, _length, there in mappings(process):
+            take_away(process)
+            for path, start, length, _there in mappings(process):
                 if is_model(path):
-                    taken.model += there / 1024
-                else:
-                    taken.program += there / 1024
+                    self.pages[process, start] = numpy.zeros(length // PAGE, bool)
+            self.read -= read_bytes(process)
+
+    def look(self) -> None:
+        """Note the pages that are in memory."""
+        for (process, start), seen in self.pages.items():
+            with contextlib.suppress(OSError), Path(f"/proc/{process}/pagemap").open("rb", buffering=0) as stream:
+                stream.seek(start // PAGE * 8)
+                entries = numpy.frombuffer(stream.read(len(seen) * 8), numpy.uint64)
+                seen[: len(entries)] |= entries >> numpy.uint64(63) > 0
+
+    def taken(self) -> Taken:
+        """What it took of files; the rest is known in the end."""
+        self.look()
+        taken = Taken(self.limit, model=sum(int(seen.sum()) for seen in self.pages.values()) * PAGE / MIB)
+        for process in self.processes():
+            taken.read += (self.read + read_bytes(process)) / MIB if self.pages else 0
+            taken.program += sum(there for path, *_range, there in mappings(process) if not is_model(path)) / 1024
         return taken
 
     def log(self) -> str:
         return docker("logs", self.name, check=False)
 
 
-def _numbers(path: Path) -> dict[str, int]:
-    return {name: int(value) for name, value in (line.split() for line in path.read_text().splitlines())}
+def _numbers(path: Path, between: str = " ") -> dict[str, int]:
+    return {name: int(value) for name, value in (line.split(between) for line in path.read_text().splitlines())}
 
 
 def mappings(process: int) -> Iterator[tuple[str, int, int, int]]:
@@ -152,6 +175,12 @@ def mappings(process: int) -> Iterator[tuple[str, int, int, int]]:
                 there = int(rest[0])
             elif name == "Anonymous:" and path.startswith("/"):
                 yield path, start, end - start, there - int(rest[0])
+
+
+def read_bytes(process: int) -> int:
+    """What it read from disks, for mapped files too."""
+    found = _numbers(Path(f"/proc/{process}/io"), ": ")
+    return found["read_bytes"]
 
 
 def is_model(path: str) -> bool:
@@ -281,8 +310,7 @@ class Execution:
             if not self._fallen():
                 self.outcome.problems.append(f"{name} was not healthy within {READY_SECONDS:.0f} s")
             return False
-        for process in container.processes():
-            take_away(process)
+        container.watch()
         return True
 
     def _wait(self, there: Callable[[], bool]) -> bool:
@@ -316,39 +344,44 @@ class Execution:
             time.sleep(0.2)
 
     def _ask_one(self, instance: dict[str, Any], slot: int) -> None:
-        options, container = instance["server_options"], self.servers[instance["name"]]
+        options = instance["server_options"]
         length = options["ctx-size"] // options["parallel"] - FREE
         random = Random(f"{instance['name']} {slot}")
+        problem = self._answer(instance, slot, random, FIRST_PROMPT, FIRST_ANSWER)
+        problem = problem or self._answer(instance, slot, random, length, ANSWER)
+        if problem:
+            self.outcome.problems.append(f"{instance['name']} slot {slot} {problem}")
+
+    def _answer(self, instance: dict[str, Any], slot: int, random: Random, length: int, answer: int) -> str:
+        """Ask for so many tokens with a prompt of so many; return what is wrong with the answer."""
         known = int(self.registry.file(instance).shape["vocab_size"])
         question = {
             "prompt": [random.randrange(300, known) for _token in range(length)],
-            "n_predict": ANSWER,
+            "n_predict": answer,
             "id_slot": slot,
             "cache_prompt": False,
             "ignore_eos": True,
         }
         request = urllib.request.Request(
-            f"http://{container.address}:{PORT}/completion",
+            f"http://{self.servers[instance['name']].address}:{PORT}/completion",
             json.dumps(question).encode(),
             {"Content-Type": "application/json"},
         )
-        problem = ""
         try:
             with urllib.request.urlopen(request, timeout=self.prompt_seconds) as stream:
-                answer = json.load(stream)
-            if (answer["tokens_evaluated"], answer["tokens_predicted"]) != (length, ANSWER) or not answer["content"]:
-                problem = (
-                    f"read {answer['tokens_evaluated']} of {length} tokens and wrote {answer['tokens_predicted']}: "
-                    f"{answer['content']!r}"
-                )
+                found = json.load(stream)
         except TimeoutError:
-            problem = f"did not answer within {self.prompt_seconds:.0f} s"
+            return f"did not answer within {self.prompt_seconds:.0f} s"
         except urllib.error.HTTPError as error:
-            problem = f"answered {error.code}: {error.read()[:200]!r}"
+            return f"answered {error.code}: {error.read()[:200]!r}"
         except OSError as error:
-            problem = f"did not answer: {error}"
-        if problem:
-            self.outcome.problems.append(f"{instance['name']} slot {slot} {problem}")
+            return f"did not answer: {error}"
+        if (found["tokens_evaluated"], found["tokens_predicted"]) == (length, answer) and found["content"]:
+            return ""
+        return (
+            f"read {found['tokens_evaluated']} of {length} tokens and wrote {found['tokens_predicted']} of {answer}: "
+            f"{found['content']!r}"
+        )
 
     def _measure(self) -> None:
         for instance in self.registry.instances:
@@ -380,9 +413,13 @@ class Execution:
         yield from devices.items()
 
     def _sample(self) -> None:
-        while not self._over.wait(1 / HERTZ):
+        for number in itertools.count():
+            if self._over.wait(1 / HERTZ):
+                return
             for _key, container in self._containers():
                 container.sample()
+                if number % LOOK_EVERY == 0:
+                    container.look()
 
 
 def _answers(url: str) -> bool:

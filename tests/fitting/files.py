@@ -105,7 +105,7 @@ def _drawn(random: Random, kind: str, quant: str, most: float) -> synthetic.Mode
     through = _passed(model) / step + 2 * LEAST_CONTEXT * heads * head
     wanted = random.uniform(LEAST_MIB, MOST_MIB) * MIB * 8 / QUANTS[quant]
     layers = min((wanted - table) / one, most / through)
-    return replace(model, values={**values, "block_count": max(step, round(layers / step) * step, 2)})
+    return replace(model, values={**values, "block_count": max(step, round(layers / step) * step, 3)})
 
 
 def _passed(model: synthetic.Model) -> float:

@@ -16,6 +16,7 @@ from tests.fitting.files import LEAST_CONTEXT, MIB, MOST_CONTEXT, File
 
 # All servers of a registry run at the same time on one machine.
 MOST_PLANNED_MIB = 4096
+WORK_SHARES = (0.5, 1, 1, 1, 2, 4)
 
 
 @dataclass
@@ -84,6 +85,8 @@ def _declared(random: Random, files: list[File], work: float) -> dict[str, Any]:
     """A model as its owner writes it; no context takes longer than it may."""
     file = files[0]
     slots = random.choice((1, 1, 2))
+    # Most are quick; a few take their time for a long context.
+    work *= random.choice(WORK_SHARES)
     most = MOST_CONTEXT
     while most > LEAST_CONTEXT and file.work(most, slots) > work:
         most //= 2
