@@ -268,7 +268,8 @@ files:
         repack_bytes:
           description:
             - Of the tensors that a processor may keep in another order, the bytes by type of tensor and by part.
-            - Parts are C(blocks), C(experts) and C(feed_forward), each per layer, and C(output), C(embedding), C(other).
+            - Parts are C(blocks), C(experts) and C(feed_forward), each per layer, and C(output), C(embedding) and
+              C(other).
           type: dict
           sample: {Q4_K: {blocks: [9437184], experts: [301989888]}}
         hparams:
