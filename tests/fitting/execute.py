@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import itertools
 import json
 import os
@@ -268,7 +269,7 @@ class Execution:
             )
             with self._lock:
                 self.devices[node, device] = container
-            self._wait(lambda container=container, users=users: _listening(container) >= len(users))
+            self._wait(functools.partial(_listens, container, len(users)))
 
     def _users(self, node: str, device: str) -> list[str]:
         return [one["name"] for one in self.registry.instances if one["node"] == node and device in one["devices"]]
@@ -428,10 +429,10 @@ def _answers(url: str) -> bool:
     return False
 
 
-def _listening(container: Container) -> int:
-    """How many ports are open in it; looked up, since a connection would count as a client."""
+def _listens(container: Container, ports: int) -> bool:
+    """Whether so many ports are open in it; looked up, since a connection would count as a client."""
     for process in container.processes()[:1]:
         with contextlib.suppress(OSError):
             lines = Path(f"/proc/{process}/net/tcp").read_text().splitlines()[1:]
-            return sum(line.split()[3] == "0A" for line in lines)
-    return 0
+            return sum(line.split()[3] == "0A" for line in lines) >= ports
+    return False

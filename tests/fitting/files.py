@@ -105,7 +105,11 @@ def _drawn(random: Random, kind: str, quant: str, most: float) -> synthetic.Mode
     through = _passed(model) / step + 2 * LEAST_CONTEXT * heads * head
     wanted = random.uniform(LEAST_MIB, MOST_MIB) * MIB * 8 / QUANTS[quant]
     layers = min((wanted - table) / one, most / through)
-    return replace(model, values={**values, "block_count": max(step, round(layers / step) * step, 3)})
+    layers = max(step, round(layers / step) * step, 3)
+    # What is small for want of layers gets more words.
+    lacking = LEAST_MIB * MIB * 8 / QUANTS[quant] - layers * one - table
+    more = 1024 * max(0, math.ceil(lacking / 1024 / (table / model.vocabulary)))
+    return replace(model, values={**values, "block_count": layers}, vocabulary=model.vocabulary + more)
 
 
 def _passed(model: synthetic.Model) -> float:

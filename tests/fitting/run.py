@@ -11,7 +11,7 @@ budgets, where at least half of the registries have to fail, else the budgets wo
 does not answer, or a server reads its files from the disk over and over, since their pages do not stay.
 
 Needs Docker with cgroup v1 and the image homelab-inference/llama.cpp:dev (tests/images/llama.cpp/build), root, 4 GiB of
-disk and as much memory, PyPI gguf and numpy, ansible-core. Takes about a minute for each registry on two cores.
+disk and as much memory, PyPI gguf and numpy, ansible-core. Takes about half a minute for each registry on two cores.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / ".cache")]
 
 from tests.fitting import files, registries  # noqa: E402
-from tests.fitting.execute import CGROUPS, IMAGE, Execution, Outcome  # noqa: E402
+from tests.fitting.execute import CGROUPS, IMAGE, Execution, Outcome, Taken  # noqa: E402
 from tests.fitting.registries import Registry  # noqa: E402
 
 GIB = 1 << 30
@@ -48,13 +48,9 @@ def row(cells: list[object]) -> str:
     return " ".join(f"{cell!s:<{width}}" for cell, width in zip(cells, widths)).rstrip()
 
 
-def ratios(outcome: Outcome) -> list[tuple[str, float, float, int]]:
-    """Where, planned over peak, MiB over the peak, planned; of each budget."""
-    return [
-        (" ".join(key), taken.planned / taken.peak, taken.planned - taken.peak, taken.planned)
-        for key, taken in outcome.taken.items()
-        if taken.peak
-    ]
+def ratios(outcome: Outcome) -> list[tuple[Taken, float, float]]:
+    """Of each budget what was taken, planned over peak, and MiB over the peak."""
+    return [(one, one.planned / one.peak, one.planned - one.peak) for one in outcome.taken.values() if one.peak]
 
 
 def within(over: float, mib: float) -> bool:
@@ -79,12 +75,12 @@ def execute(registry: Registry, control: bool, quiet: bool) -> tuple[Outcome, Ou
     outcome = Execution(registry).run()
     for line in [] if quiet else describe(registry):
         print(line)
-    for where, over, mib, _planned in [] if quiet else ratios(outcome):
-        taken = outcome.taken[tuple(where.split(" ", 1))]
+    for key, taken in () if quiet else outcome.taken.items():
+        over = taken.planned / taken.peak if taken.peak else 0.0
         print(
-            f"      {where}: planned {taken.planned}, took {taken.peak:.0f} MiB "
+            f"      {' '.join(key)}: planned {taken.planned}, took {taken.peak:.0f} MiB "
             f"({taken.kept:.0f} kept, {taken.program:.0f} program, {taken.model:.0f} of the file), "
-            f"{over:.3f}{'' if within(over, mib) else ' TOO MUCH'}"
+            f"{over:.3f}{'' if within(over, taken.planned - taken.peak) else ' TOO MUCH'}"
         )
     for problem in outcome.problems:
         print(f"      DOES NOT HOLD: {problem}")
@@ -114,7 +110,7 @@ def verdict(done: list[tuple[Registry, Outcome, Outcome | None]]) -> list[tuple[
     held = sum(not outcome.problems for _registry, outcome, _control in done)
     killed = sum(any("killed" in text for text in outcome.problems) for _registry, outcome, _control in done)
     emulated = sum(registry.emulated for registry, _outcome, _control in done)
-    median = statistics.median(ratio for _where, ratio, _mib, _planned in over) if over else 0.0
+    median = statistics.median(ratio for _taken, ratio, _mib in over) if over else 0.0
     loose = [one for one in over if not within(one[1], one[2])]
     least = min((one[1] for one in over), default=0.0)
     lines = [
@@ -163,7 +159,7 @@ def main() -> int:
     parser.add_argument("--registries", type=int, default=60)
     parser.add_argument("--seed", type=int, default=None, help="default: another one each time")
     parser.add_argument("--files", type=int, default=14, help="models to make (default 14)")
-    parser.add_argument("--work", type=float, default=40.0, help="10^9 operations that a server's prompts may take")
+    parser.add_argument("--work", type=float, default=80.0, help="10^9 operations that a server's prompts may take")
     parser.add_argument("--folder", type=Path, default=None, help="where the models are put")
     parser.add_argument("--only", type=int, default=None, help="this registry alone")
     parser.add_argument("--no-control", action="store_true", help="not again at 0.9 of the budget")
@@ -173,8 +169,8 @@ def main() -> int:
     if not CGROUPS.is_dir():
         print(f"The memory of containers cannot be read: {CGROUPS} is missing. Use a machine with cgroup v1.")
         return 2
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _stop)
+    for one in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(one, _stop)
     seed = Random().randrange(10**6) if options.seed is None else options.seed
     work = options.work * 1e9
     print(f"seed {seed}, image {IMAGE}", flush=True)
