@@ -10,7 +10,9 @@ force has stays where it is unless moving it wins more than a move costs.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import json
 from typing import Any
 
 from ansible_collections.homelab.inference.plugins.module_utils.memory.predict import totals
@@ -24,6 +26,10 @@ from ansible_collections.homelab.inference.plugins.module_utils.planner.start im
 from ansible_collections.homelab.inference.plugins.module_utils.planner.survival import survival
 
 FIRST_PORT = 8080
+# Raised when the same facts may get another plan from a newer version.
+METHOD = 1
+# What a lock keeps of a plan.
+KEPT = ("instances", "refused", "devices", "survival", "order", "value", "nodes")
 
 
 def plan(
@@ -34,8 +40,9 @@ def plan(
     unresolved: dict[str, str] | None = None,
     recovery: bool = False,
     previous_nodes: dict[str, dict[str, Any]] | None = None,
+    in_force: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Return C({instances, refused, waiting, devices, survival, order, value, nodes}).
+    """Return C({instances, refused, waiting, devices, survival, order, value, nodes, inputs}).
 
     :param models: the registry in normal form, in the order in which models are served (lab.models).
     :param resolved: per model C({files: [{name, size, sha256}], shape}), or C(variants), a list of these in order of
@@ -45,8 +52,13 @@ def plan(
     :param unresolved: per model without files the reason why.
     :param recovery: refuse nothing: keep by priority what fits, and say what waits for what.
     :param previous_nodes: the C(nodes) that the plan in force was made from; figures that hardly moved since stay.
+    :param in_force: the whole plan in force. Where it was made from the same facts it is returned: a search that goes
+        on where an earlier one stopped might find something better, and servers would move though nothing happened.
     """
     nodes = steady(nodes, previous_nodes or {})
+    inputs = _digest([METHOD, models, resolved, nodes, unresolved or {}, recovery])
+    if in_force and in_force.get("inputs") == inputs:
+        return {"waiting": [], **{key: in_force[key] for key in (*KEPT, "inputs")}}
     problem = Problem(models, resolved, nodes, previous, recovery, Ways())
     search = problem.solve()
     instances = write(problem, search)
@@ -62,7 +74,12 @@ def plan(
         "order": starts,
         "value": round(value, 6),
         "nodes": nodes,
+        "inputs": inputs,
     }
+
+
+def _digest(facts: Any) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def write(problem: Problem, search: Search) -> list[dict[str, Any]]:

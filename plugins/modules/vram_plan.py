@@ -51,6 +51,12 @@ options:
       - A measured figure that differs from them by no more than 2 % of the size counts as unchanged.
     type: dict
     default: {}
+  in_force:
+    description:
+      - The whole plan in force, as this module returned it, or the lock that keeps it.
+      - Where it was made from the same facts it is returned as it is.
+    type: dict
+    default: {}
   recovery:
     description:
       - Refuse nothing. What is worth less by its priority makes way, and RV(waiting) says what waits for what.
@@ -137,6 +143,10 @@ nodes:
   description: The nodes as they were planned with, hardly changed figures being those of O(previous_nodes).
   type: dict
   returned: success
+inputs:
+  description: Digest of all that the plan was made from.
+  type: str
+  returned: success
 """
 
 from ansible.module_utils.basic import AnsibleModule
@@ -153,6 +163,7 @@ def main() -> None:
             "nodes": {"type": "dict", "required": True},
             "previous": {"type": "list", "elements": "dict", "default": []},
             "previous_nodes": {"type": "dict", "default": {}},
+            "in_force": {"type": "dict", "default": {}},
             "recovery": {"type": "bool", "default": False},
         },
         supports_check_mode=True,
@@ -168,6 +179,7 @@ def main() -> None:
             unresolved=words["unresolved"],
             recovery=words["recovery"],
             previous_nodes=words["previous_nodes"],
+            in_force=words["in_force"],
         ),
     )
 

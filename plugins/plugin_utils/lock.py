@@ -17,6 +17,7 @@ Format (version 1), all sizes in MiB unless the name says bytes::
     devices:    HOST: DEVICE or host: {size_mib, reserved_mib, others_mib, planned_mib, left_mib}
     survival:   [{lost, keeps, loses, sentence}] per node and card
     value:      sum of priority x quality
+    inputs:     digest of all that the plan was made from
 """
 
 from __future__ import annotations

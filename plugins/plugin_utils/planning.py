@@ -182,5 +182,5 @@ def make_lock(
         "models": resolved,
         "instances": plan["instances"],
         "refused": plan["refused"],
-        **{key: plan[key] for key in ("order", "devices", "survival", "value")},
+        **{key: plan[key] for key in ("order", "devices", "survival", "value", "inputs")},
     }

@@ -301,6 +301,19 @@ def test_the_same_facts_give_the_same_plan() -> None:
     assert make(models, nodes, gib=6, previous=first["instances"]) == first
 
 
+def test_a_plan_that_was_made_from_the_same_facts_is_left_alone() -> None:
+    registry, resolved = inputs({"chat": {}})
+    nodes = {"a": node(gpu(0, 16384))}
+    first = placement.plan(registry, resolved, nodes, [])
+    # Even where a search would find another one now.
+    known = {**first, "value": 1.0}
+    same = placement.plan(registry, resolved, nodes, first["instances"], in_force=known)
+    assert same["value"] == 1.0 and same["instances"] == first["instances"]
+    other = {"a": node(gpu(0, 24576))}
+    anew = placement.plan(registry, resolved, other, first["instances"], in_force=known)
+    assert anew["value"] == first["value"] and anew["inputs"] != first["inputs"]
+
+
 def test_when_plans_tie_the_node_that_has_the_file_wins() -> None:
     size = 4 * 2**30
     entry = {"library": "/m", "name": "chat.gguf", "path": "chat.gguf", "size": size, "sha256": None, "shards": []}

@@ -123,7 +123,15 @@ def test_an_image_is_pulled_by_the_digest_that_the_plan_knows() -> None:
     wanted = ["192.0.2.1:5000/ghcr.io/x/llama:1", "192.0.2.1:5000/ghcr.io/x/litellm:1"]
     assert views.planned_images(DECLARATION, LOCK["images"], LOCK["instances"]) == wanted
     asked = {"declaration": DECLARATION, "images": LOCK["images"], "lock": LOCK, "declared": {}}
-    empty: dict[str, Any] = {"refused": [], "nodes": {}, "order": {}, "devices": {}, "survival": [], "value": 0.0}
+    empty: dict[str, Any] = {
+        "refused": [],
+        "nodes": {},
+        "order": {},
+        "devices": {},
+        "survival": [],
+        "value": 0.0,
+        "inputs": "",
+    }
     plan = {"instances": LOCK["instances"], **empty}
     made = planning.make_lock(asked, {}, plan, {wanted[0]: "sha256:cd"})
     assert made["digests"] == {wanted[0]: "sha256:cd", wanted[1]: "sha256:ab"}
