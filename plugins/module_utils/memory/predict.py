@@ -104,21 +104,28 @@ def _draft(
 
 def _projector(shape: dict[str, Any], options: dict[str, Any], devices: list[dict[str, Any]]) -> list[dict[str, Any]]:
     offload = devices and options.get("mmproj-offload", True) and not options.get("no-mmproj-offload")
-    return [
-        {
-            "where": devices[0]["id"] if offload else HOST,
-            "kind": "projector",
-            "bytes": shape["weights_bytes"] + picture_bytes(shape, options),
-            "source": "bound",
-        }
-    ]
+    computed, given = picture_bytes(shape, options)
+    return _merged(
+        [
+            {
+                "where": devices[0]["id"] if offload else HOST,
+                "kind": "projector",
+                "bytes": shape["weights_bytes"] + computed,
+                "source": "bound",
+            },
+            {"where": HOST, "kind": "projector", "bytes": given, "source": "bound"},
+        ],
+        "projector",
+    )
 
 
-def picture_bytes(shape: dict[str, Any], options: dict[str, Any]) -> int:
-    """Return the buffer in which a projector computes its largest picture.
+def picture_bytes(shape: dict[str, Any], options: dict[str, Any]) -> tuple[int, int]:
+    """Return the buffer in which a projector computes its largest picture, and the one on the host that holds it.
 
-    For each patch it holds three rows of its width and one of its feed-forward width at a time (measured with
-    pictures of 448 and 896 pixels: exact to 0.01 MiB). Pictures of any size are cut into patches up to a limit.
+    For each patch it holds three rows of its width and one of its feed-forward width at a time, and the host its pixels
+    in three colours (measured with gemma3's encoders for 448 and 896 pixels: exact to 0.01 MiB). Where patches are
+    merged the feed-forward network is gated and takes more, and the host holds two frames twice (measured with
+    Qwen2.5-VL's: 569.7 and 155.8 MiB, counted as 582 and 160). Pictures of any size are cut into patches up to a limit.
     """
     given = shape["hparams"]
 
@@ -133,10 +140,12 @@ def picture_bytes(shape: dict[str, Any], options: dict[str, Any]) -> int:
     else:
         patches = max(patches, TOGETHER if patches >= TOGETHER // 4 else MOST_PATCHES)
     width = number("embedding_length", 1280)
-    size = 4 * patches * (3 * width + number("feed_forward_length", 4 * width))
+    forward = number("feed_forward_length", 4 * width)
+    size = 4 * patches * (3 * width + (forward * 8 // 5 if merged else forward))
+    given_size = 4 * patches * (2 * width if merged else 3 * number("patch_size", 14) ** 2)
     if options.get("flash-attn") in ("off", False):
         size += 4 * patches * patches * number("attention.head_count", 16)
-    return size
+    return size, given_size
 
 
 def _merged(found: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
