@@ -247,8 +247,9 @@ class Execution:
                 sampler.join()
             self._look()
             self.outcome.seconds = time.monotonic() - started
-            for one in [*self.servers.values(), *self.devices.values()]:
-                docker("rm", "--force", one.name, check=False)
+            # By name: one that was being made when something went wrong is in no list.
+            left = docker("ps", "--all", "--quiet", "--filter", f"name=^{self.prefix}", check=False).split()
+            docker("rm", "--force", *left, check=False)
             docker("network", "rm", self.network, check=False)
 
     def _limit(self, planned: int) -> int:

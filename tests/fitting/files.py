@@ -80,7 +80,8 @@ def _drawn(random: Random, kind: str, quant: str, most: float) -> synthetic.Mode
     step = 1
     if kind == "qwen3moe":
         base = synthetic.QWEN3_30B
-        further = synthetic._moe(random.choice((32, 64)), 2, 256 * random.randint(1, 2))
+        size = (32, 256) if quant == "F16" else (random.choice((32, 64)), 256 * random.randint(1, 2))
+        further = synthetic._moe(size[0], 2, size[1])
     elif kind == "qwen3next":
         base, step, head, kv_heads, heads = synthetic.MODELS["qwen3-next-80b-a3b"], 4, 64, 2, 8
         further = synthetic._moe(16, 2, 512, expert_shared_feed_forward_length=512) | {

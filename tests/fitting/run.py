@@ -79,7 +79,8 @@ def execute(registry: Registry, control: bool, quiet: bool) -> tuple[Outcome, Ou
         over = taken.planned / taken.peak if taken.peak else 0.0
         print(
             f"      {' '.join(key)}: planned {taken.planned}, took {taken.peak:.0f} MiB "
-            f"({taken.kept:.0f} kept, {taken.program:.0f} program, {taken.model:.0f} of the file), "
+            f"({taken.kept:.0f} kept, {taken.program:.0f} program, {taken.model:.0f} of the file"
+            f"{f', read {taken.read:.0f}' if reads_again(taken) else ''}), "
             f"{over:.3f}{'' if within(over, taken.planned - taken.peak) else ' TOO MUCH'}"
         )
     for problem in outcome.problems:
@@ -93,6 +94,11 @@ def execute(registry: Registry, control: bool, quiet: bool) -> tuple[Outcome, Ou
     return outcome, second
 
 
+def reads_again(taken: Taken) -> bool:
+    """Whether a server fetches its own files from the disk again and again."""
+    return taken.read > (1 + AGAIN) * (taken.model + taken.program)
+
+
 def end(outcome: Outcome, control: Outcome) -> list[str]:
     """How a registry fails with less than its budget; nothing when it runs all the same."""
     if control.problems:
@@ -100,7 +106,7 @@ def end(outcome: Outcome, control: Outcome) -> list[str]:
     return [
         f"{key[0]} reads its files again and again: {less.read:.0f} MiB instead of {outcome.taken[key].read:.0f}"
         for key, less in control.taken.items()
-        if less.read - outcome.taken[key].read > AGAIN * (less.model + less.program)
+        if reads_again(less) and not reads_again(outcome.taken[key])
     ]
 
 
@@ -130,6 +136,7 @@ def verdict(done: list[tuple[Registry, Outcome, Outcome | None]]) -> list[tuple[
             True,
         ),
         ("  least", f"{least:.3f}", "", True),
+        ("  servers that read their files again", str(sum(reads_again(one[0]) for one in over)), "", True),
         ("registries with emulated GPUs", f"{emulated} of {len(done)}", "half", 2 * emulated >= len(done) - 1),
     ]
     controls = [(outcome, control) for _registry, outcome, control in done if control]

@@ -12,7 +12,7 @@ import pytest
 from tests.fitting import files, registries, run
 from tests.fitting.execute import CGROUPS, Execution
 
-SEED, FILES, WORK = 3, 5, 2e10
+SEED, FILES, WORK = 3, 5, 1e10
 # The files are small: at nine tenths, pages of the program that another container pays for may make up for the rest.
 LESS = 0.8
 
