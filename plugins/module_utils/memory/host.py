@@ -54,6 +54,7 @@ PROGRAM_MIB = 18
 PAGE_TABLE_SHARE = 512
 TOKEN_BYTES = 176
 MERGE_BYTES = 132
+READ_AHEAD_SHARE, LEAST_READ_AHEAD_MIB = 50, 2
 # Blocks up to this size stay in the heap of the GNU C library (DEFAULT_MMAP_THRESHOLD_MAX).
 HEAP_MIB = 32
 # Bytes for each node of a graph, in the tables that a server fills with zeroes: a graph's own, of which it holds two
@@ -137,6 +138,22 @@ def with_page_tables(parts: list[dict[str, Any]]) -> list[dict[str, Any]]:
     mapped = sum(part["bytes"] * (1 + (part["kind"] == "repack")) for part in parts if part["where"] == HOST)
     return [
         {**part, "bytes": part["bytes"] + mapped // PAGE_TABLE_SHARE} if part["kind"] == "base" else part
+        for part in parts
+    ]
+
+
+def with_read_ahead(parts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the parts with room for the kernel to read ahead, where weights were kept in another order.
+
+    The pages of the file that are still needed are few there, and without room beside them they push each other out: a
+    server of 237 MiB limited to 241 read 14 GB from the disk for one prompt, and none with a few MiB more.
+    """
+    if not any(part["kind"] == "repack" for part in parts):
+        return parts
+    whole = sum(part["bytes"] for part in parts if part["where"] == HOST)
+    more = max(whole // READ_AHEAD_SHARE, LEAST_READ_AHEAD_MIB * MIB)
+    return [
+        {**part, "bytes": part["bytes"] + more} if part["where"] == HOST and part["kind"] == "base" else part
         for part in parts
     ]
 

@@ -15,6 +15,7 @@ from ansible_collections.homelab.inference.plugins.module_utils.memory.host impo
     host,
     vocabulary,
     with_page_tables,
+    with_read_ahead,
     with_uploads,
 )
 from ansible_collections.homelab.inference.plugins.module_utils.memory.layers import HOST
@@ -62,7 +63,7 @@ def predict(
         found += _projector(projector, options, devices)
     if draft:
         found += _draft(draft, options, devices, backend)
-    return with_page_tables(with_uploads(found, shape, backend))
+    return with_read_ahead(with_page_tables(with_uploads(found, shape, backend)))
 
 
 def totals(parts: list[dict[str, Any]]) -> dict[str, int]:

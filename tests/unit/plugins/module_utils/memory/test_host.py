@@ -9,6 +9,7 @@ import pytest
 from ansible_collections.homelab.inference.plugins.module_utils.memory.host import (
     DEVICE_OVERHEAD_MIB,
     host,
+    with_read_ahead,
     with_uploads,
 )
 
@@ -133,3 +134,9 @@ def test_a_tensor_on_its_way_to_another_process_is_held_once_more():
     ]
     assert with_uploads(parts, shape(), "emulated")[0]["bytes"] == 6 * MIB  # the output, 8 MiB
     assert with_uploads(parts, shape(), "cuda") == parts
+
+
+def test_reordered_weights_leave_room_to_read_ahead():
+    parts = [{"where": "host", "kind": kind, "bytes": 100 * MIB, "source": "bound"} for kind in ("base", "repack")]
+    assert with_read_ahead(parts)[0]["bytes"] == 104 * MIB
+    assert with_read_ahead(parts[:1]) == parts[:1]

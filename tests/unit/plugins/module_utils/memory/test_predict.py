@@ -69,7 +69,10 @@ def test_every_part_is_counted_once(devices, backend):
         assert [part for part in parts if part["kind"] in {one["kind"] for one in expected}] == expected
     base = {part["kind"]: part["bytes"] for part in host(model, OPTIONS, devices, backend)}["base"]
     rest = sum(part["bytes"] for part in parts if part["where"] == "host") - of("base", parts)["host"]
-    assert (rest + base) // 512 <= of("base", parts)["host"] - base < (rest + base) // 256  # entries of page tables
+    more = of("base", parts)["host"] - base
+    # Entries of page tables, and where weights are kept in another order, a fiftieth to read ahead.
+    ahead = (rest + base) // 50 if "host" in of("repack", parts) else 0
+    assert (rest + base) // 512 <= more - ahead < (rest + base) // 256
     keys = [(part["where"], part["kind"]) for part in parts]
     assert len(keys) == len(set(keys))
     assert json.loads(json.dumps(parts)) == parts
