@@ -44,7 +44,7 @@ HERTZ, LOOK_EVERY = 10, 5
 # Tokens of the context that the prompt leaves free, and how many of them the answer takes. Before that comes a short
 # prompt with a long answer: of a prompt, only the last token goes through the last layer's experts.
 FREE, ANSWER = 16, 4
-FIRST_PROMPT, FIRST_ANSWER = 8, 128
+FIRST_PROMPT, FIRST_ANSWER = 8, 64
 READY_SECONDS = 180.0
 # Linux numbers: the system call process_madvise, and the advice to take pages away.
 PROCESS_MADVISE, PAGEOUT = 440, 21
@@ -210,14 +210,9 @@ class Execution:
     """One plan in containers, all of them gone afterwards."""
 
     def __init__(
-        self,
-        registry: Registry,
-        share: float = 1.0,
-        image: str = IMAGE,
-        prompt_seconds: float = 900.0,
-        say: Callable[[str], None] = lambda _text: None,
+        self, registry: Registry, share: float = 1.0, image: str = IMAGE, prompt_seconds: float = 900.0
     ) -> None:
-        self.registry, self.share, self.image, self.say = registry, share, image, say
+        self.registry, self.share, self.image = registry, share, image
         self.prompt_seconds = prompt_seconds
         self.prefix = f"fitting-{secrets.token_hex(4)}"
         self.network = self.prefix

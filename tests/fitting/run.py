@@ -37,7 +37,8 @@ from tests.fitting.registries import Registry  # noqa: E402
 
 GIB = 1 << 30
 CONTROL = 0.9  # of the budgets
-CONTROL_PATIENCE = 3  # times what it took with all of the budget
+# Times what it took with all of the budget, and seconds that it may take at least.
+CONTROL_PATIENCE, LEAST_PATIENCE = 3, 60
 # So many times more than it has there does a server read from the disk that has to fetch its own files again and again.
 AGAIN = 2
 MEDIAN_OVER, MOST_OVER, MOST_OVER_MIB = 1.05, 1.15, 48
@@ -89,9 +90,13 @@ def execute(registry: Registry, control: bool, quiet: bool) -> tuple[Outcome, Ou
         print(*(f"        {name}: {line}" for line in log.splitlines()[-4:]), sep="\n")
     second = None
     if control:
-        second = Execution(registry, CONTROL, prompt_seconds=CONTROL_PATIENCE * outcome.seconds).run()
+        second = Execution(registry, CONTROL, prompt_seconds=patience(outcome)).run()
         print(f"      at {CONTROL}: {'; '.join(end(outcome, second)) or 'runs all the same'}", flush=True)
     return outcome, second
+
+
+def patience(outcome: Outcome) -> float:
+    return max(CONTROL_PATIENCE * outcome.seconds, LEAST_PATIENCE)
 
 
 def reads_again(taken: Taken) -> bool:
@@ -166,7 +171,7 @@ def main() -> int:
     parser.add_argument("--registries", type=int, default=60)
     parser.add_argument("--seed", type=int, default=None, help="default: another one each time")
     parser.add_argument("--files", type=int, default=14, help="models to make (default 14)")
-    parser.add_argument("--work", type=float, default=80.0, help="10^9 operations that a server's prompts may take")
+    parser.add_argument("--work", type=float, default=40.0, help="10^9 operations that a server's prompts may take")
     parser.add_argument("--folder", type=Path, default=None, help="where the models are put")
     parser.add_argument("--only", type=int, default=None, help="this registry alone")
     parser.add_argument("--no-control", action="store_true", help="not again at 0.9 of the budget")

@@ -33,5 +33,5 @@ def test_a_plan_holds_in_its_own_limits(pool: list[files.File], number: int) -> 
     assert [one for one in found if not run.within(one[1], one[2])] == []
     if registry.emulated:
         # Less than planned does not do: a GPU gives nothing back.
-        less = Execution(registry, LESS, prompt_seconds=run.CONTROL_PATIENCE * outcome.seconds).run()
+        less = Execution(registry, LESS, prompt_seconds=run.patience(outcome)).run()
         assert less.problems
