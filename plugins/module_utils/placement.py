@@ -56,7 +56,9 @@ def plan(
         on where an earlier one stopped might find something better, and servers would move though nothing happened.
     """
     nodes = steady(nodes, previous_nodes or {})
-    inputs = _digest([METHOD, models, resolved, nodes, unresolved or {}, recovery])
+    # Why a source did not answer is no fact where the lock stood in for it.
+    reasons = {name: reason for name, reason in (unresolved or {}).items() if name not in resolved}
+    inputs = _digest([METHOD, models, resolved, nodes, reasons, recovery])
     if in_force and in_force.get("inputs") == inputs:
         return {"waiting": [], **{key: in_force[key] for key in (*KEPT, "inputs")}}
     problem = Problem(models, resolved, nodes, previous, recovery, Ways())

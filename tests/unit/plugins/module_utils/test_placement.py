@@ -309,6 +309,8 @@ def test_a_plan_that_was_made_from_the_same_facts_is_left_alone() -> None:
     known = {**first, "value": 1.0}
     same = placement.plan(registry, resolved, nodes, first["instances"], in_force=known)
     assert same["value"] == 1.0 and same["instances"] == first["instances"]
+    silent = placement.plan(registry, resolved, nodes, [], unresolved={"chat": "the hub does not answer"})
+    assert silent["inputs"] == first["inputs"], "the lock stands in for its files"
     other = {"a": node(gpu(0, 24576))}
     anew = placement.plan(registry, resolved, other, first["instances"], in_force=known)
     assert anew["value"] == first["value"] and anew["inputs"] != first["inputs"]
