@@ -24,8 +24,10 @@ DEVICE_RESERVE_MIB = {"nvidia": 512, "amd": 512, "intel": 512, "apple": 0, "tegr
 # leave nothing on a small board, and too little beside the page cache of a large server.
 HOST_RESERVE_PART = 16
 LEAST_HOST_RESERVE_MIB, MOST_HOST_RESERVE_MIB = 256, 2048
-# A measured figure that moved by no more than this part of the size counts as unchanged.
+# A measured figure that moved by no more than this part of the size counts as unchanged. What programs hold of a main
+# memory comes and goes by more: as much as is kept for the system.
 STEADY = 0.02
+STEADY_PROGRAMS = 1 / HOST_RESERVE_PART
 
 
 def backend(device: dict[str, Any]) -> str:
@@ -63,21 +65,22 @@ def steady(nodes: dict[str, dict[str, Any]], before: dict[str, dict[str, Any]]) 
     for host, node in nodes.items():
         old = before.get(host, {})
         known = {device["id"]: device for device in old.get("devices", [])}
+        kept = _kept(node, old, ("memory_mib",), STEADY * node["memory_mib"])
         result[host] = {
-            **_kept(node, old, ("memory_mib", "memory_used_mib"), node["memory_mib"]),
+            **_kept(kept, old, ("memory_used_mib",), STEADY_PROGRAMS * node["memory_mib"]),
             "devices": [
-                _kept(device, known.get(device["id"], {}), ("memory_mib", "used_mib"), device["memory_mib"])
+                _kept(device, known.get(device["id"], {}), ("memory_mib", "used_mib"), STEADY * device["memory_mib"])
                 for device in node["devices"]
             ],
         }
     return result
 
 
-def _kept(now: dict[str, Any], before: dict[str, Any], names: tuple[str, ...], size: int) -> dict[str, Any]:
+def _kept(now: dict[str, Any], before: dict[str, Any], names: tuple[str, ...], most: float) -> dict[str, Any]:
     figures = {
         name: before[name]
         for name in names
-        if now.get(name) is not None and before.get(name) is not None and abs(now[name] - before[name]) <= STEADY * size
+        if now.get(name) is not None and before.get(name) is not None and abs(now[name] - before[name]) <= most
     }
     return {**now, **figures}
 

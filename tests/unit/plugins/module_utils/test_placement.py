@@ -292,6 +292,13 @@ def test_what_others_hold_is_planned_around_and_its_jitter_moves_nothing() -> No
     # A reservation whose owner is running counts once.
     held = {"a": node({**gpu(0, 16384), "used_mib": 4500}, reservations={"gpu0": 4096})}
     assert make(models, held)["devices"]["a"]["gpu0"]["others_mib"] == 404
+    # Programs come and go on a node by as much as is kept for the system, and memory that a kernel counts by less.
+    old = {"a": {**node(memory=32768), "memory_used_mib": 3000}}
+    live = {"a": {**node(memory=32700), "memory_used_mib": 4900}}
+    kept = room.steady(live, old)["a"]
+    assert (kept["memory_mib"], kept["memory_used_mib"]) == (32768, 3000)
+    live["a"]["memory_used_mib"] = 5500
+    assert room.steady(live, old)["a"]["memory_used_mib"] == 5500
 
 
 def test_the_same_facts_give_the_same_plan() -> None:
