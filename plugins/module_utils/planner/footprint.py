@@ -4,8 +4,9 @@
 """What a server takes of each device, fast enough to ask it for every way in which every model of a lab may run.
 
 Weights and caches are exact: each layer's share is asked for once, and added up for every way of laying layers out.
-The compute buffer is asked for once for each kind of place, at the longest context; shorter ones take less. What the
-plan then picks is predicted in full, and searched again with that number where it turns out to be larger.
+The compute buffer is asked for once for each kind of place, at the longest context; shorter ones take less, and more
+than two cards no more than two. What the plan then picks is predicted in full, and searched again with that number
+where it turns out to be larger.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ CLASS = ("vendor", "memory_kind", "architecture", "memory_mib", "cap_mib")
 OF_THE_FILE = ("quant", "name", "size_label")
 OF_CACHES = ("ctx-size", "parallel", "cache-type-k", "cache-type-v", "kv-unified", "kv-offload", "swa-full")
 OF_CACHES += ("ubatch-size", "flash-attn", "cache-ram", "ctx-checkpoints")
+# Cards beyond which one more makes no difference to what each takes.
+FEW = 2
 
 
 def parts(
@@ -192,7 +195,7 @@ class Footprints:
         return (
             self._kind(shape),
             backend,
-            len(devices),
+            len(devices) if learned else min(len(devices), FEW),
             tuple(str(value) for name, value in widest.items() if name != "tensor-split"),
             learned and tuple(device["id"] for device in devices),
             learned,
@@ -211,14 +214,15 @@ class Footprints:
         if key not in self._rests:
             found: dict[str, int] = {}
             extra = 0
-            for part in parts(resolved, widest, devices, backend, overheads):
+            asked = devices if overheads else devices[:FEW]
+            for part in parts(resolved, widest, asked, backend, overheads):
                 if part["kind"] in ("weights", "kv", "recurrent", "repack", "prompt_cache"):
                     continue
                 if part["kind"] in ("projector", "draft") and part["where"] != HOST:
                     extra += part["bytes"]
                     continue
                 found[part["where"]] = found.get(part["where"], 0) + part["bytes"]
-            each = max((found.get(device["id"], 0) for device in devices), default=0)
+            each = max((found.get(device["id"], 0) for device in asked), default=0)
             self._rests[key] = (each, found.get(HOST, 0), extra)
         return self._rests[key]
 

@@ -11,6 +11,8 @@ from typing import Any
 from ansible_collections.homelab.inference.plugins.module_utils.memory.predict import totals
 from ansible_collections.homelab.inference.plugins.module_utils.planner.choices import (
     Choice,
+    Place,
+    Step,
     Ways,
     at,
     places,
@@ -20,7 +22,7 @@ from ansible_collections.homelab.inference.plugins.module_utils.planner.choices 
     widest_options,
 )
 from ansible_collections.homelab.inference.plugins.module_utils.planner.files import in_place
-from ansible_collections.homelab.inference.plugins.module_utils.planner.footprint import CLASS, parts
+from ansible_collections.homelab.inference.plugins.module_utils.planner.footprint import CLASS, MIB, parts
 from ansible_collections.homelab.inference.plugins.module_utils.planner.room import Room, backend
 from ansible_collections.homelab.inference.plugins.module_utils.planner.search import Item, Option, Search
 
@@ -278,13 +280,14 @@ class Problem:
         shape = variants(resolved)[0]["shape"]
         # Of each file the step that takes least.
         least = {step.quant: step for step in ladder}
+        search.free = [free + size for free, size in zip(search.free, more)]
         ways = [
             Option(0, host, choice.needs, (host, place.devices) if choice.turns else None, 0, choice.step.quant)
             for host in self.homes(model)
+            if "on-demand" in model["keep"] or self._might_hold(search, host, model, list(least.values()))
             for place in places(self.room, host, shape, self.fine)
             for choice in at(place, list(least.values()), model, resolved, self.room, self.ways.footprints)
         ]
-        search.free = [free + size for free, size in zip(search.free, more)]
         placed = []
         for number in missing:
             item = search.items[number]
@@ -304,6 +307,16 @@ class Problem:
             search.lift(number)
         search.free = [free - size for free, size in zip(search.free, more)]
         return len(placed) == len(missing)
+
+    def _might_hold(self, search: Search, host: str, model: dict[str, Any], ladder: list[Step]) -> bool:
+        """Say whether all that is free on a node together comes to the weights and caches of one of these steps."""
+        free = sum(max(size, 0) for (home, _where), size in zip(self.room.names, search.free) if home == host)
+        for step in ladder:
+            shape = variants(self.resolved[model["name"]])[step.quant]["shape"]
+            options = server_options(model, step, Place(host, (), "cpu"), shape)
+            if self.ways.footprints.total(shape, options) <= free * MIB:
+                return True
+        return False
 
     def with_others_in_place(self, instances: list[dict[str, Any]], model: str) -> Search:
         """Return a search that begins with these servers, puts in what is missing, and moves things for one model."""
