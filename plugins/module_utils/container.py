@@ -171,11 +171,13 @@ def desired(instance: Mapping[str, Any], image: Mapping[str, Any] | None, sealed
     """The owned values that the instance asks for; without an image, less what only the image can tell."""
     access = llama_server.device_access(instance)
     check = llama_server.healthcheck(instance)
-    mounts = [f"volume:{instance['volume']}:{llama_server.MODELS}:ro"]
+    mounts = [f"volume:{volume}:{target}:ro" for volume, target in _volumes(instance).items()]
     if instance["api_key_file"]:
         mounts.append(f"bind:{instance['api_key_file']}:{llama_server.API_KEY}:ro")
+    config = (image or {}).get("Config") or {}
+    program = config.get("Entrypoint") or ["llama-server"]
     values: Values = {
-        "command": llama_server.arguments(instance),
+        "command": llama_server.command(instance, program),
         "labels": {**(instance["labels"] or {}), MANAGED: "true", INSTANCE: re.sub("^llamacpp-", "", instance["name"])},
         "mounts": sorted(mounts),
         "published_ports": [f"{instance['published_address']}:{instance['port']}:{instance['port']}/tcp"],
@@ -198,11 +200,18 @@ def desired(instance: Mapping[str, Any], image: Mapping[str, Any] | None, sealed
     if access["runtime"]:
         values["runtime"] = access["runtime"]
     if image is not None:
-        config = image.get("Config") or {}
-        values["entrypoint"] = config.get("Entrypoint") or ["llama-server"]
+        values["entrypoint"] = llama_server.entrypoint(instance, program)
         values["env"] = _own(llama_server.environment(instance), _variables(config.get("Env")))
         values["labels"] = _own(values["labels"], config.get("Labels") or {})
     return values
+
+
+def _volumes(instance: Mapping[str, Any]) -> dict[str, str]:
+    """Where each volume is mounted."""
+    several = llama_server.several(instance)
+    if not several:
+        return {instance["volume"]: llama_server.MODELS}
+    return {model["volume"]: f"{llama_server.MODELS}/{model['volume']}" for model in several}
 
 
 def observed(container: Mapping[str, Any], image: Mapping[str, Any] | None) -> Values:
@@ -469,13 +478,13 @@ class Direct:
             with _engine(f"Inspecting {name}"):
                 return bool(self.client.inspect_container(name)["State"]["Running"])
 
-        url, mode = llama_server.url(self.instance), self.instance["mode"]
+        url, mode = llama_server.url(self.instance), llama_server.mode(self.instance)
         found = probe.wait_ready(url, self.instance["ready_timeout"], mode, alive, self._key())
         return "" if found["ready"] else "; ".join(found["evidence"][-2:])
 
     def _look(self) -> dict[str, Any]:
         endpoint = {"url": llama_server.url(self.instance), "timeout": 20.0, "kind": "llamacpp"}
-        return probe.probe({**endpoint, "mode": self.instance["mode"], "api_key": self._key()})
+        return probe.probe({**endpoint, "mode": llama_server.mode(self.instance), "api_key": self._key()})
 
     def _key(self) -> str | None:
         if not self.instance["api_key_file"]:
@@ -749,14 +758,15 @@ class Manager:
 
     def _check_ground(self) -> None:
         """Whatever would make the new container fail is found while the old one still serves."""
-        with _engine(f"Looking for the volume {self.instance['volume']}"):
-            try:
-                self.client.inspect_volume(self.instance["volume"])
-            except docker.errors.NotFound as error:
-                raise ContainerError(
-                    f"Making the container {self.name} failed: the volume {self.instance['volume']} does not exist. "
-                    "Fill it with model_volume first."
-                ) from error
+        for volume in _volumes(self.instance):
+            with _engine(f"Looking for the volume {volume}"):
+                try:
+                    self.client.inspect_volume(volume)
+                except docker.errors.NotFound as error:
+                    raise ContainerError(
+                        f"Making the container {self.name} failed: the volume {volume} does not exist. "
+                        "Fill it with model_volume first."
+                    ) from error
         holder = port_holder(self.client, self.instance)
         if holder:
             raise ContainerError(

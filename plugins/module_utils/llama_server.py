@@ -12,6 +12,10 @@ from typing import Any
 
 MODELS = "/models"
 API_KEY = "/run/secrets/llama-api-key"
+# What a server whose models take turns is told of them. The container writes it itself, so that nothing outside it has
+# to fit to it, and one that is put back is what it was.
+PRESET = "/tmp/models.ini"
+WRITE_PRESET = ["/bin/sh", "-c", f'printf %s "$1" >{PRESET} && shift && exec "$@"', "sh"]
 SECOND = 10**9
 
 # Options that follow from others: never passed through, so that the plan and the server cannot disagree.
@@ -92,7 +96,22 @@ def check(instance: Mapping[str, Any]) -> None:
                 f"Device {device.get('id')} of {name} has no {needed}: it cannot be told from others. "
                 "Take it from gpu_facts."
             )
-    for key in instance["server_options"] or {}:
+    if bool(several(instance)) == bool(instance["model_file"]):
+        raise LlamaServerError(f"{name} has to have either a model_file in a volume, or models. Give one of them.")
+    if several(instance) and instance["server_options"]:
+        raise LlamaServerError(f"server_options of {name} must be given per model: it has several. Move them there.")
+    for model in several(instance):
+        _check_options(f"{model['alias']} of {name}", model["server_options"] or {})
+    _check_options(name, instance["server_options"] or {})
+    if "LLAMA_API_KEY" in (instance["env"] or {}):
+        raise LlamaServerError(
+            f"env of {name} must not have LLAMA_API_KEY: anyone who may inspect the container would read it. "
+            "Use api_key_file."
+        )
+
+
+def _check_options(name: str, options: Mapping[str, Any]) -> None:
+    for key, value in options.items():
         if key in OWNED:
             remedy = f"Use the option {OWNED[key]} instead." if OWNED[key] else "It is always set; leave it out."
             raise LlamaServerError(f"server_options of {name} must not have {key}: this module sets it. {remedy}")
@@ -101,32 +120,83 @@ def check(instance: Mapping[str, Any]) -> None:
                 f"server_options of {name} has {key}: it is not a long option of llama-server. "
                 "Write it in full, without leading dashes: ctx-size."
             )
-    if "LLAMA_API_KEY" in (instance["env"] or {}):
-        raise LlamaServerError(
-            f"env of {name} must not have LLAMA_API_KEY: anyone who may inspect the container would read it. "
-            "Use api_key_file."
-        )
+        if isinstance(value, str) and len(value.splitlines()) > 1:
+            raise LlamaServerError(f"server_options of {name} has {key} in several lines. Write it in one.")
+
+
+def entrypoint(instance: Mapping[str, Any], program: list[str]) -> list[str]:
+    """The container's entry point; C(program) is the image's."""
+    return WRITE_PRESET if several(instance) else program
+
+
+def command(instance: Mapping[str, Any], program: list[str]) -> list[str]:
+    """The container's command line after its entry point."""
+    told = arguments(instance)
+    return [preset(instance), *program, *told] if several(instance) else told
 
 
 def arguments(instance: Mapping[str, Any]) -> list[str]:
     """The command line after the program: what matters is said, never left to a default of the build."""
+    listen = ["--host", "0.0.0.0", "--port", str(instance["port"])]
+    if several(instance):
+        key = ["--api-key-file", API_KEY] if instance["api_key_file"] else []
+        return ["--models-preset", PRESET, "--models-max", "1", *listen, *key]
+    path = f"{MODELS}/{instance['model_file']}"
+    return ["--model", path, "--alias", instance["alias"], *listen, *_arguments(instance, instance)]
+
+
+def several(instance: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The models that take turns on a server; none where it has one for itself."""
+    return instance.get("models") or []
+
+
+def mode(instance: Mapping[str, Any]) -> str:
+    """How its health is asked for (probe.py)."""
+    return "turns" if several(instance) else instance["mode"]
+
+
+def preset(instance: Mapping[str, Any]) -> str:
+    """The models that take turns, as llama-server's router mode reads them: an option a line.
+
+    The first is loaded at the start, so that a server that cannot work is found when it is deployed.
+    Options of the command line would count for all of them, before their own: there are none but those of the router.
+    """
+    lines = ["version = 1"]
+    for model in several(instance):
+        lines += ["", f"[{model['alias']}]", f"model = {model_path(model)}"]
+        argv = _arguments(instance, model)
+        for number, word in enumerate(argv):
+            if word.startswith("--"):
+                value = argv[number + 1] if argv[number + 1 : number + 2] else "--"
+                lines.append(f"{word[2:]} = {'true' if value.startswith('--') else value}")
+        if model is several(instance)[0]:
+            lines.append("load-on-startup = true")
+    return "\n".join(lines) + "\n"
+
+
+def model_path(model: Mapping[str, Any]) -> str:
+    """Where one of several models lies in the container: each volume has a directory of its own."""
+    return f"{MODELS}/{model['volume']}/{model['model_file']}"
+
+
+def _arguments(instance: Mapping[str, Any], model: Mapping[str, Any]) -> list[str]:
+    """What is said of a model, beside its file and its name."""
     devices = instance["devices"] or []
     prefix = BACKENDS[instance["backend"]][0]
-    argv = ["--model", f"{MODELS}/{instance['model_file']}", "--alias", instance["alias"]]
-    argv += ["--host", "0.0.0.0", "--port", str(instance["port"]), "--metrics", "--fit", "off"]
+    argv = ["--metrics", "--fit", "off"]
     if instance["backend"] == "emulated":
         argv += ["--rpc", ",".join(device["endpoint"] for device in devices)]
     # Named devices make the server refuse to start where a card is missing; unnamed ones make it serve from the CPU.
     argv += ["--device", ",".join(f"{prefix}{index}" for index in range(len(devices))) or "none"]
-    if instance["mode"] == "embedding":
+    if model["mode"] == "embedding":
         argv.append("--embeddings")
-    if instance["api_key_file"]:
+    if model.get("api_key_file"):
         argv += ["--api-key-file", API_KEY]
     # From 4 on the server says how much memory it takes; it says nothing of what it is asked before 5.
     options: dict[str, Any] = {"cache-ram": 0, "verbosity": 4}
     if instance["cpus"]:
         options["threads"] = max(1, int(instance["cpus"]))
-    options.update(instance["server_options"] or {})
+    options.update(model["server_options"] or {})
     for key in sorted(options):
         argv += _option(key, options[key])
     return argv
@@ -192,7 +262,10 @@ def device_access(instance: Mapping[str, Any]) -> dict[str, Any]:
 
 def locks_memory(instance: Mapping[str, Any]) -> bool:
     """Whether the server is told to keep the model in RAM, which a container without capabilities may not."""
-    options = instance["server_options"] or {}
+    return any(_locks(one["server_options"] or {}) for one in [instance, *several(instance)])
+
+
+def _locks(options: Mapping[str, Any]) -> bool:
     return "mlock" in str(options.get("load-mode", "")) or bool(options.get("mlock"))
 
 

@@ -27,7 +27,7 @@ from ansible_collections.homelab.inference.plugins.module_utils.planner.survival
 
 FIRST_PORT = 8080
 # Raised when the same facts may get another plan from a newer version.
-METHOD = 1
+METHOD = 2
 # What a lock keeps of a plan.
 KEPT = ("instances", "refused", "devices", "survival", "order", "value", "nodes")
 
@@ -121,7 +121,7 @@ def write(problem: Problem, search: Search) -> list[dict[str, Any]]:
     for members in groups.values():
         for one in members:
             one["turns"] = [other["name"] for other in members if other is not one]
-    _ports(instances, problem)
+    _ports(instances, problem, list(groups.values()))
     return instances
 
 
@@ -157,19 +157,32 @@ class _Names:
         return name
 
 
-def _ports(instances: list[dict[str, Any]], problem: Problem) -> None:
-    """Give every server its port: the declared one, the one it had, else the first free one."""
+def _ports(instances: list[dict[str, Any]], problem: Problem, groups: list[list[dict[str, Any]]]) -> None:
+    """Give every server its port: the declared one, the one it had, else the first free one.
+
+    Models that take turns are behind one port, that of the first of them that has one.
+    """
     had = {(instance["name"], instance["node"]): instance["port"] for instance in problem.previous}
     taken = {host: set(node.get("ports", [])) for host, node in problem.nodes.items()}
-    for instance in instances:
-        port = problem.models[instance["model"]]["port"] or had.get((instance["name"], instance["node"]))
-        if port and port not in taken[instance["node"]]:
-            instance["port"] = port
-            taken[instance["node"]].add(port)
-    for instance in instances:
-        if instance["port"] is None:
-            instance["port"] = next(port for port in itertools.count(FIRST_PORT) if port not in taken[instance["node"]])
-            taken[instance["node"]].add(instance["port"])
+    sharing = {id(one): members for members in groups for one in members}
+    servers = [sharing.get(id(one), [one]) for one in instances]
+    servers = [members for one, members in zip(instances, servers) if one is members[0]]
+    for members in servers:
+        wishes = [problem.models[one["model"]]["port"] for one in members]
+        wishes += [had.get((one["name"], one["node"])) for one in members]
+        host = members[0]["node"]
+        port = next((port for port in wishes if port and port not in taken[host]), None)
+        if port:
+            taken[host].add(port)
+        for one in members:
+            one["port"] = port
+    for members in servers:
+        host = members[0]["node"]
+        if members[0]["port"] is None:
+            port = next(port for port in itertools.count(FIRST_PORT) if port not in taken[host])
+            taken[host].add(port)
+            for one in members:
+                one["port"] = port
 
 
 def _planned(instances: list[dict[str, Any]], problem: Problem) -> list[int]:

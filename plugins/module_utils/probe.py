@@ -16,6 +16,9 @@ DOWN      nothing answers
 llama-server shows progress only between two batches of a prompt, and one batch can take longer than any deadline. A
 server that reads a prompt is therefore BUSY even when nothing was seen to move; a later look tells whether it hangs.
 
+Of a server whose models take turns the ladder ends with what it says of them: a token would wake one of them and put
+another to sleep.
+
 This file is also copied to the nodes, beside the node program: it imports nothing but the standard library.
 """
 
@@ -47,6 +50,9 @@ CANARIES: dict[str, tuple[str, dict[str, Any]]] = {
     "chat": ("/v1/chat/completions", {"messages": [{"role": "user", "content": "1"}], "max_tokens": 1}),
     "embedding": ("/v1/embeddings", {"input": "1"}),
 }
+
+# The mode of a server whose models take turns.
+TURNS = "turns"
 
 BODY_LIMIT = 4 * 1024 * 1024
 
@@ -171,7 +177,8 @@ def wait_ready(
         # One look is kept short, so that a server that ends is noticed early.
         look = {"url": url, "timeout": min(remaining, 20.0), "kind": "llamacpp", "mode": mode, "api_key": api_key}
         result = probe(look)
-        if result["state"] in SERVING:
+        # A model that failed to load is not tried again before it is asked for.
+        if result["state"] in SERVING or (mode == TURNS and result["state"] == DEGRADED):
             break
         time.sleep(min(0.5, max(remaining, 0)))
     seconds = round(time.monotonic() - started, 2)
@@ -223,6 +230,8 @@ def _climb(url: str, deadline: float, mode: str, api_key: str | None, evidence: 
         return STARTING
     if answer.status != 200:
         return DEGRADED
+    if mode == TURNS:
+        return _turns(url, deadline, api_key, evidence)
 
     before = _look(url, _share(deadline, 0.4), api_key)
     evidence.append(before.evidence)
@@ -251,6 +260,24 @@ def _climb(url: str, deadline: float, mode: str, api_key: str | None, evidence: 
         return BUSY
     evidence.append("nothing moves")
     return HUNG
+
+
+def _turns(url: str, deadline: float, api_key: str | None, evidence: list[str]) -> str:
+    """Ask a llama-server in router mode which of its models is awake, and whether one could not be loaded."""
+    answer = request(url + "/models", deadline, api_key)
+    if answer.status != 200:
+        evidence.append(f"/models: {answer.status} {_message(answer)}")
+        return DEGRADED
+    try:
+        found = {model["id"]: model["status"] for model in json.loads(answer.body)["data"]}
+        words = {name: "failed to load" if one.get("failed") else str(one["value"]) for name, one in found.items()}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        evidence.append("/models: no router's answer")
+        return DEGRADED
+    evidence.append("/models: " + ", ".join(f"{name} {word}" for name, word in words.items()))
+    if "failed to load" in words.values():
+        return DEGRADED
+    return STARTING if "loading" in words.values() else HEALTHY
 
 
 def _share(deadline: float, part: float) -> float:

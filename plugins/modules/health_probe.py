@@ -53,9 +53,11 @@ options:
         choices: [http, llamacpp, litellm, ollama]
         default: http
       mode:
-        description: Whether a llama-server is asked for a token or for an embedding.
+        description:
+          - Whether a llama-server is asked for a token or for an embedding.
+          - With V(turns) it is one whose models take turns. It is asked which of them is awake, and woken by nothing.
         type: str
-        choices: [chat, embedding]
+        choices: [chat, embedding, turns]
         default: chat
       api_key:
         description: The key of this llama-server, where it differs from O(api_key).
@@ -155,7 +157,7 @@ def main() -> None:
         "tier": {"type": "str", "default": "REMOTE"},
         "timeout": {"type": "float", "default": 8},
         "kind": {"type": "str", "choices": ["http", "llamacpp", "litellm", "ollama"], "default": "http"},
-        "mode": {"type": "str", "choices": ["chat", "embedding"], "default": "chat"},
+        "mode": {"type": "str", "choices": ["chat", "embedding", "turns"], "default": "chat"},
         "api_key": {"type": "str", "no_log": True},
     }
     spec = {

@@ -95,13 +95,51 @@ options:
       - Options that follow from the other options of this module are refused.
     type: dict
     default: {}
+  models:
+    description:
+      - Several models that take turns, instead of O(model_file), O(volume), O(alias), O(mode) and O(server_options).
+      - The server runs in router mode with C(--models-max 1). It loads the model that a request names, after the one
+        that is awake has finished what it works on and was unloaded. The first is loaded at the start.
+      - All use the same O(devices).
+    type: list
+    elements: dict
+    default: []
+    suboptions:
+      alias:
+        description:
+          - Name under which the model is asked for.
+        type: str
+        required: true
+      volume:
+        description:
+          - Docker volume with the model, mounted read-only at C(/models/VOLUME).
+        type: str
+        required: true
+      model_file:
+        description:
+          - Path of the model in the volume; of a split model, its first file.
+        type: str
+        required: true
+      mode:
+        description:
+          - What the model does.
+        type: str
+        choices: [chat, embedding]
+        default: chat
+      server_options:
+        description:
+          - As O(server_options), for this model.
+        type: dict
+        default: {}
   model_file:
     description:
-      - Path of the model in the volume; of a split model, its first file. Required unless O(state=absent).
+      - Path of the model in the volume; of a split model, its first file. Required unless O(state=absent) or
+        O(models) is given.
     type: str
   volume:
     description:
-      - Docker volume with the model, mounted read-only at C(/models). Required unless O(state=absent).
+      - Docker volume with the model, mounted read-only at C(/models). Required unless O(state=absent) or O(models) is
+        given.
       - It must exist; see M(homelab.inference.model_volume).
     type: str
   alias:
@@ -217,6 +255,23 @@ EXAMPLES = r"""
     unit: llamacpp-code.service
     ready_timeout: 600
 
+- name: Let two models take turns on one card
+  homelab.inference.llamacpp_container:
+    name: llamacpp-turns
+    image: ghcr.io/ggml-org/llama.cpp:server-cuda-b6795
+    backend: cuda
+    devices: "{{ ansible_facts['inference_gpus'][:1] }}"
+    models:
+      - alias: qwen3-coder-30b
+        volume: qwen3-coder-30b
+        model_file: Qwen3-Coder-30B-A3B-Instruct-Q4_K_M.gguf
+      - alias: gemma-3-27b
+        volume: gemma-3-27b
+        model_file: gemma-3-27b-it-Q4_K_M.gguf
+        server_options:
+          ctx-size: 16384
+    port: 8080
+
 - name: Take a server off the node
   homelab.inference.llamacpp_container:
     name: llamacpp-code
@@ -297,6 +352,18 @@ def main() -> None:
             },
             "devices": {"type": "list", "elements": "dict", "default": []},
             "server_options": {"type": "dict", "default": {}},
+            "models": {
+                "type": "list",
+                "elements": "dict",
+                "default": [],
+                "options": {
+                    "alias": {"type": "str", "required": True},
+                    "volume": {"type": "str", "required": True},
+                    "model_file": {"type": "str", "required": True},
+                    "mode": {"type": "str", "choices": ["chat", "embedding"], "default": "chat"},
+                    "server_options": {"type": "dict", "default": {}},
+                },
+            },
             "model_file": {"type": "str"},
             "volume": {"type": "str"},
             "alias": {"type": "str"},
@@ -313,7 +380,8 @@ def main() -> None:
             "stop_timeout": {"type": "int", "default": 30},
             "_progress_file": {"type": "path"},
         },
-        required_if=[("state", value, ["image", "model_file", "volume", "port"]) for value in ("started", "present")],
+        required_if=[("state", value, ["image", "port"]) for value in ("started", "present")],
+        required_together=[("model_file", "volume")],
         supports_check_mode=True,
     )
     instance: dict[str, Any] = {**module.params, "alias": module.params["alias"] or module.params["name"]}

@@ -99,11 +99,25 @@ def planned_memory(instances: list[dict[str, Any]], host: str, running: list[str
     :param running: names of containers, of which ours are called llamacpp-NAME.
     """
     planned: dict[str, int] = {}
-    for instance in instances:
-        if instance["node"] == host and f"llamacpp-{instance['name']}" in running:
-            for where, size in instance["memory"].items():
-                planned[where] = planned.get(where, 0) + size
+    for members in servers([one for one in instances if one["node"] == host]):
+        if f"llamacpp-{server_name(members[0])}" in running:
+            for where in dict.fromkeys(where for one in members for where in one["memory"]):
+                most = max(one["memory"].get(where, 0) for one in members)
+                planned[where] = planned.get(where, 0) + most
     return planned
+
+
+def server_name(instance: dict[str, Any]) -> str:
+    """Return the name of the server that runs a model; models that take turns share one, named after one of them."""
+    return min([instance["name"], *(instance.get("turns") or [])])
+
+
+def servers(instances: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Return the models of each server of one node: one, or several that take turns."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for instance in instances:
+        found.setdefault(server_name(instance), []).append(instance)
+    return list(found.values())
 
 
 def declared(declaration: dict[str, Any]) -> dict[str, Any]:
@@ -123,40 +137,65 @@ def chosen(instance: dict[str, Any], lock: dict[str, Any]) -> dict[str, Any]:
     return model["variants"][instance["variant"]] if "variants" in model else model
 
 
-def instance_view(instance: dict[str, Any], declaration: dict[str, Any], lock: dict[str, Any]) -> dict[str, Any]:
-    """Return one server as role inference_node takes it."""
-    host, model = instance["node"], chosen(instance, lock)
+def server_view(members: list[dict[str, Any]], declaration: dict[str, Any], lock: dict[str, Any]) -> dict[str, Any]:
+    """Return one server as role inference_node takes it: with its model, or with several that take turns."""
+    instance = members[0]
+    host = instance["node"]
     node = declaration["nodes"][host]
     devices = {device["id"]: device for device in lock["nodes"][host]["devices"]}
-    library = instance["library"]
+    if len(members) == 1:
+        served = model_view(instance, lock)
+    else:
+        found = [model_view(one, lock, alone=False) for one in members]
+        of_files = ("volume", "library", "files")
+        served = {
+            "models": [
+                {"alias": one["model"], **{key: one[key] for key in one if key not in ("model", "library", "files")}}
+                for one in found
+            ],
+            "volumes": [{key: one[key] for key in of_files} for one in found],
+        }
     return {
-        "name": instance["name"],
-        "model": instance["model"],
-        "mode": instance["mode"],
+        "name": server_name(instance),
+        **served,
         "backend": instance["backend"],
         "image": image(lock["images"]["inference_node_images"][instance["backend"]], declaration, lock),
         "devices": [devices[name] for name in instance["devices"]],
         "port": instance["port"],
         "address": lab_module.address(node, host),
         "published_address": "0.0.0.0",
-        "server_options": {**instance["server_options"], **projector(model, library)},
         "memory_mib": None,
         "cpus": None,
         "ready_timeout": READY_TIMEOUT_S,
-        "volume": "library-" + re.sub(r"[^a-zA-Z0-9_.-]+", "-", library["library"]).strip("-")
-        if library
-        else f"model-{instance['model']}",
+    }
+
+
+def model_view(instance: dict[str, Any], lock: dict[str, Any], alone: bool = True) -> dict[str, Any]:
+    """Return one model of a server: its name, its files, its options.
+
+    :param alone: its volume is the only one of its container; where there are several each has a directory.
+    """
+    model, library = chosen(instance, lock), instance["library"]
+    volume = f"model-{instance['model']}"
+    if library:
+        volume = "library-" + re.sub(r"[^a-zA-Z0-9_.-]+", "-", library["library"]).strip("-")
+    root = "/models" if alone else f"/models/{volume}"
+    return {
+        "model": instance["model"],
+        "mode": instance["mode"],
+        "server_options": {**instance["server_options"], **projector(model, library, root)},
+        "volume": volume,
         "model_file": library["path"] if library else model["files"][0]["name"],
         "library": library["library"] if library else None,
         "files": [] if library else [transfer(file) for file in model["files"]],
     }
 
 
-def projector(model: dict[str, Any], library: dict[str, str] | None) -> dict[str, str]:
+def projector(model: dict[str, Any], library: dict[str, str] | None, root: str = "/models") -> dict[str, str]:
     """Return the option for a model's multimodal projector, which lies beside the model in its volume."""
     if not model.get("mmproj"):
         return {}
-    beside = PurePosixPath("/models", library["path"]).parent if library else PurePosixPath("/models")
+    beside = PurePosixPath(root, library["path"]).parent if library else PurePosixPath(root)
     return {"mmproj": str(beside / model["mmproj"])}
 
 
@@ -190,6 +229,10 @@ def started(declaration: dict[str, Any], lock: dict[str, Any]) -> list[dict[str,
     """Return the planned servers that this version starts: those on nodes with Docker."""
     nodes = declaration["nodes"]
     return [one for one in lock["instances"] if nodes[one["node"]].get("node_runtime", "docker") == "docker"]
+
+
+def _on(host: str, declaration: dict[str, Any], lock: dict[str, Any]) -> list[dict[str, Any]]:
+    return [one for one in started(declaration, lock) if one["node"] == host]
 
 
 def _llamacpp(declaration: dict[str, Any], lock: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -264,10 +307,12 @@ def endpoints(declaration: dict[str, Any], lock: dict[str, Any], catalogue: dict
         }
 
     found = []
-    for instance in started(declaration, lock):
+    for members in servers(started(declaration, lock)):
+        instance = members[0]
         node = declaration["nodes"][instance["node"]]
         url = f"http://{lab_module.address(node, instance['node'])}:{instance['port']}"
-        found.append(endpoint(instance["name"], tier(node), url, "llamacpp", instance["mode"]))
+        mode = "turns" if len(members) > 1 else instance["mode"]
+        found.append(endpoint(server_name(instance), tier(node), url, "llamacpp", mode))
     entry = gateway(declaration, lock, catalogue)
     if entry:
         found.append(endpoint("litellm", "GATEWAY", f"http://{entry['address']}:{entry['port']}", "litellm"))
@@ -297,7 +342,7 @@ def views(
         if roles:
             roles.insert(0, "docker_host")
         instances = (
-            [instance_view(one, declaration, lock) for one in started(declaration, lock) if one["node"] == host]
+            [server_view(members, declaration, lock) for members in servers(_on(host, declaration, lock))]
             if lock
             else []
         )
@@ -312,6 +357,7 @@ def views(
             "containers": [
                 {"name": f"llamacpp-{one['name']}", "devices": [device["id"] for device in one["devices"]]}
                 for one in instances
+                if "models" not in one  # which of them is awake changes by the minute
             ],
             "litellm": gate if gate and gate["host"] == host else None,
         }

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import json
 import os
 import re
@@ -429,6 +430,16 @@ def test_layers_go_to_an_emulated_gpu(server):
         assert all(f"RPC0[{device['endpoint']}] model buffer size" in log for device in devices)
         assert not server.ok(**gpu)["changed"]
 
+        # The same where models take turns: each gets the cards when it is awake.
+        model = {"volume": server.options["volume"], "model_file": "chat.gguf", "server_options": options}
+        turns = {"models": [{**model, "alias": "one"}, {**model, "alias": "two"}], "backend": "emulated"}
+        turns |= {"devices": devices, **dict.fromkeys(("volume", "model_file", "server_options", "alias"))}
+        server.ok(**turns)
+        assert chat(server, "two") == ("two", 4)
+        log = docker("logs", server.name, stderr=True)
+        assert log.count("offloaded 3/3 layers to GPU") == 2
+        server.ok(**gpu)
+
         docker("kill", names[1])
         docker("kill", server.name)
         failed = server.fails(**gpu)
@@ -551,3 +562,58 @@ def test_a_long_wait_is_shown_and_ends_at_its_deadline(server):
     finally:
         docker("rm", "-f", server.name, check=False)
         docker("rmi", "-f", silent, check=False)
+
+
+def chat(server, model, tokens=4):
+    body = {"model": model, "messages": [{"role": "user", "content": "hi"}], "max_tokens": tokens, "ignore_eos": True}
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{server.port}/v1/chat/completions",
+        json.dumps(body).encode(),
+        {"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        found = json.load(answer)
+    return found["model"], found["usage"]["completion_tokens"]
+
+
+def awake(server):
+    with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/models", timeout=10) as answer:
+        return {model["id"]: model["status"]["value"] for model in json.load(answer)["data"]}
+
+
+def test_models_take_turns_and_no_answer_is_cut(server, volume):
+    model = {"volume": volume, "model_file": "chat.gguf", "server_options": {"ctx-size": 4096, "parallel": 1}}
+    turns = {
+        "models": [{**model, "alias": "one"}, {**model, "alias": "two"}],
+        **dict.fromkeys(("volume", "model_file", "server_options", "alias")),
+    }
+    done = server.ok(**turns)
+    assert done["actions"] == ["create", "start"]
+    assert awake(server) == {"one": "loaded", "two": "unloaded"}
+    # The second is asked for while the first still writes: it waits, and the first is not cut.
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        long = pool.submit(chat, server, "one", 3000)
+        time.sleep(0.5)
+        short = pool.submit(chat, server, "two")
+        assert long.result() == ("one", 3000)
+        assert short.result() == ("two", 4)
+    assert awake(server) == {"one": "unloaded", "two": "loaded"}
+    # There is never more than one of them.
+    wanted = [pool_index % 2 for pool_index in range(12)]
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        answers = list(pool.map(lambda number: chat(server, ("one", "two")[number]), wanted))
+    assert answers == [(("one", "two")[number], 4) for number in wanted]
+    assert list(awake(server).values()).count("loaded") == 1
+    # Again changes nothing, not even who is awake.
+    now = awake(server)
+    assert not server.ok(**turns)["changed"]
+    assert awake(server) == now
+    # Another model of the same name is another server; one that is broken leaves what runs.
+    broken = {**turns, "models": [{**turns["models"][0], "model_file": "half.gguf"}, turns["models"][1]]}
+    failed = server.fails(**broken)
+    assert failed["restored"] is True
+    assert "one failed to load" in failed["msg"] or "corrupt or incomplete" in failed["msg"]
+    assert chat(server, "two") == ("two", 4)
+    changed = server.ok(**{**turns, "models": turns["models"][:1]})
+    assert changed["actions"] == ["replace", "start"]
+    assert list(awake(server)) == ["one"]

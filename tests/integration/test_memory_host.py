@@ -59,6 +59,9 @@ CASES = {
 if not os.environ.get("WHOLE"):
     CASES = {name: CASES[name] for name in ("q4_0", "q4_k", "q8_0", "windows")}
 
+# The control gets this part of what a server that lived could not give back.
+LESS = 0.97
+
 
 def docker(*args, check=True):
     done = subprocess.run(["docker", *args], capture_output=True, text=True, timeout=120, check=False)
@@ -175,9 +178,9 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def outcomes(folder):
-    """Per case the plan, its parts, and what happened with it and with nine tenths of it."""
+    """Per case the plan, its parts, and what happened with it and with a little less than cannot be given back."""
     result = {}
-    print(f"\n{'':10}{'plan':>7}{'needed':>9}{'ratio':>7}{'peak':>8}   anonymous kernel weights program   at 0.9")
+    print(f"\n{'':10}{'plan':>7}{'needed':>9}{'ratio':>7}{'peak':>8}   anonymous kernel weights program   with less")
     for name, (model, options, together) in CASES.items():
         path = folder / f"{name}.gguf"
         write(path, model)
@@ -187,7 +190,7 @@ def outcomes(folder):
         parts = predict(shape, options, [], "cpu")
         plan = totals(parts)["host"]
         whole = outcome(path, options, together, plan)
-        less = outcome(path, options, together, plan * 9 // 10)
+        less = outcome(path, options, together, int(LESS * (whole["anonymous"] + whole["kernel"]))) if whole else None
         result[name] = (plan, parts, whole, less)
         path.unlink()
         print(line(name, plan, whole, less), flush=True)
@@ -225,10 +228,9 @@ def test_the_plan_is_close_to_what_is_needed(outcomes):
         assert ratios[name] <= 1.03 or plan - need(whole) <= 32, name
 
 
-def test_nine_tenths_of_the_plan_are_too_little(outcomes):
-    """The control. Weights in the file are read from the disk again and again then: slow, but alive."""
-    killed = [name for name, (_plan, _parts, _whole, less) in outcomes.items() if less is None]
-    assert len(killed) >= len(outcomes) / 2
+def test_less_than_cannot_be_given_back_is_too_little(outcomes):
+    """The control. Above it, pages of the file may be read from the disk again and again: slow, but alive."""
+    assert [name for name, (_plan, _parts, _whole, less) in outcomes.items() if less is not None] == []
 
 
 def test_where_the_engine_fits_itself_and_dies_the_plan_holds_or_refuses(folder):

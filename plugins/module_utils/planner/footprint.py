@@ -79,20 +79,21 @@ class Footprints:
         :param widest: the options that take most, of those that the model may have on such devices.
         """
         shape = resolved["shape"]
+        caches, kept = self._caching(shape, options)
         if not devices:
-            sums, main = [], self._all(shape) + self._cache(shape, options)
+            sums, main = [], self._all(shape) + caches[-1]
         else:
-            sums, main = self._spread(shape, options, len(devices))
+            sums, main = self._spread(shape, options, len(devices), caches)
         on_device, on_host, first = self._rest(resolved, widest, devices, backend, overheads)
         found = {
             device["id"]: -(-(size + on_device + (first if number == 0 else 0)) // MIB)
             for number, (device, size) in enumerate(zip(devices, sums))
         }
-        return {**found, HOST: -(-(main + on_host + self._caching(shape, options)[1]) // MIB)}
+        return {**found, HOST: -(-(main + on_host + kept) // MIB)}
 
     def total(self, shape: dict[str, Any], options: dict[str, Any]) -> int:
         """Return the bytes of weights and caches, wherever they lie."""
-        return self._all(shape) + self._cache(shape, options)
+        return self._all(shape) + self._caching(shape, options)[0][-1]
 
     def correct(
         self,
@@ -108,10 +109,14 @@ class Footprints:
         each, host, first = self._rest(resolved, widest, devices, backend, overheads)
         self._rests[key] = (each + more * MIB if devices else each, host + more * MIB, first)
 
-    def _spread(self, shape: dict[str, Any], options: dict[str, Any], count: int) -> tuple[list[int], int]:
-        """Return the bytes of weights and caches on each device, and on the host."""
+    def _spread(
+        self, shape: dict[str, Any], options: dict[str, Any], count: int, caches: list[int]
+    ) -> tuple[list[int], int]:
+        """Return the bytes of weights and caches on each device, and on the host.
+
+        :param caches: the running sum of the caches of all layers.
+        """
         sums, at_home, _all = self._layers(shape)
-        caches = self._caching(shape, options)[0]
         found = []
         layout = self._layout(shape, options, count)
         experts = options.get("n-cpu-moe", 0)
@@ -159,12 +164,9 @@ class Footprints:
     def _all(self, shape: dict[str, Any]) -> int:
         return self._layers(shape)[2]
 
-    def _cache(self, shape: dict[str, Any], options: dict[str, Any]) -> int:
-        return self._caching(shape, options)[0][-1]
-
     def _caching(self, shape: dict[str, Any], options: dict[str, Any]) -> tuple[list[int], int]:
         """Return the running sum of the caches of all layers, and what caches take of the host wherever layers are."""
-        key = (self._kind(shape), *(str(options.get(name)) for name in OF_CACHES))
+        key = (self._kind(shape), str([options.get(name) for name in OF_CACHES]))
         if key not in self._caches:
             cards, spread = _one_each(shape)
             found = totals_in_bytes(cache(shape, {**options, **spread}, cards))

@@ -10,6 +10,7 @@ from typing import Any
 
 from ansible_collections.homelab.inference.plugins.module_utils.memory.predict import totals
 from ansible_collections.homelab.inference.plugins.module_utils.planner.choices import (
+    ROUTER_MIB,
     Choice,
     Place,
     Step,
@@ -23,7 +24,7 @@ from ansible_collections.homelab.inference.plugins.module_utils.planner.choices 
 )
 from ansible_collections.homelab.inference.plugins.module_utils.planner.files import in_place
 from ansible_collections.homelab.inference.plugins.module_utils.planner.footprint import CLASS, MIB, parts
-from ansible_collections.homelab.inference.plugins.module_utils.planner.room import Room, backend
+from ansible_collections.homelab.inference.plugins.module_utils.planner.room import HOST, Room, backend
 from ansible_collections.homelab.inference.plugins.module_utils.planner.search import Item, Option, Search
 
 # What a server has to win by moving, as a part of the registry's mean priority.
@@ -403,7 +404,10 @@ class Problem:
         variant = variants(self.resolved[name])[choice.step.quant]
         devices, engine = self.devices(choice)
         overheads = self.nodes[choice.place.host].get("overheads")
-        return parts(variant, self.options(self.models[name], choice), devices, engine, overheads)
+        found = parts(variant, self.options(self.models[name], choice), devices, engine, overheads)
+        if choice.turns:
+            found.append({"where": HOST, "kind": "router", "bytes": ROUTER_MIB * MIB, "source": "bound"})
+        return found
 
 
 def _worth(model: dict[str, Any], choice: Choice) -> int:

@@ -121,7 +121,7 @@ def start(instance: dict[str, Any], container: str) -> None:
             result = probe.wait_ready(
                 url_of(instance),
                 deadline_s,
-                instance["mode"],
+                mode_of(instance),
                 lambda: end.poll() is None or is_running(container),
                 api_key(),
             )
@@ -211,9 +211,14 @@ def endpoint(instance: dict[str, Any]) -> dict[str, Any]:
         "tier": "LOCAL",
         "timeout": 8.0,
         "kind": "llamacpp",
-        "mode": instance["mode"],
+        "mode": mode_of(instance),
         "api_key": api_key(),
     }
+
+
+def mode_of(instance: dict[str, Any]) -> str:
+    """How its health is asked for."""
+    return probe.TURNS if instance.get("models") else instance["mode"]
 
 
 def url_of(instance: dict[str, Any]) -> str:

@@ -277,3 +277,89 @@ def test_the_tail_leaves_backtraces_out():
     log = "".join(f"line {number}\n\n" for number in range(20))
     log += "/usr/lib/x86_64-linux-gnu/libggml-base.so.0(ggml_abort+0x14e) [0x7f]\n/app/llama-server(+0x1261) [0x56]\n"
     assert llama_server.tail(log, 2) == ["line 18", "line 19"]
+
+
+TURNS = {
+    "server_options": {},
+    "model_file": None,
+    "models": [
+        {
+            "alias": "chat",
+            "volume": "model-chat",
+            "model_file": "chat.gguf",
+            "mode": "chat",
+            "server_options": {"ctx-size": 4096, "repack": False, "flash-attn": True, "swa-full": True},
+        },
+        {
+            "alias": "embed",
+            "volume": "library",
+            "model_file": "e/embed.gguf",
+            "mode": "embedding",
+            "server_options": {"tensor-split": [3, 1]},
+        },
+    ],
+}
+
+
+def test_models_that_take_turns_are_told_in_a_preset_that_the_container_writes() -> None:
+    server = instance(**TURNS, backend="emulated", devices=[EMULATED], api_key_file="/etc/key")
+    llama_server.check(server)
+    preset, *rest = llama_server.command(server, ["/app/llama-server"])
+    assert rest == [
+        *("/app/llama-server", "--models-preset", "/tmp/models.ini", "--models-max", "1"),
+        *("--host", "0.0.0.0", "--port", "8080", "--api-key-file", "/run/secrets/llama-api-key"),
+    ]
+    assert (
+        preset
+        == """version = 1
+
+[chat]
+model = /models/model-chat/chat.gguf
+metrics = true
+fit = off
+rpc = 172.17.0.1:50052
+device = RPC0
+cache-ram = 0
+ctx-size = 4096
+flash-attn = on
+no-repack = true
+swa-full = true
+verbosity = 4
+load-on-startup = true
+
+[embed]
+model = /models/library/e/embed.gguf
+metrics = true
+fit = off
+rpc = 172.17.0.1:50052
+device = RPC0
+embeddings = true
+cache-ram = 0
+tensor-split = 3,1
+verbosity = 4
+"""
+    )
+    assert llama_server.entrypoint(server, ["/app/llama-server"])[0] == "/bin/sh"
+    assert llama_server.entrypoint(instance(), ["/app/llama-server"]) == ["/app/llama-server"]
+    assert llama_server.mode(server) == "turns"
+
+
+def test_turns_that_contradict_themselves_are_refused() -> None:
+    with pytest.raises(LlamaServerError, match="either a model_file in a volume, or models"):
+        llama_server.check(instance(models=TURNS["models"]))
+    with pytest.raises(LlamaServerError, match="either a model_file in a volume, or models"):
+        llama_server.check(instance(model_file=None))
+    with pytest.raises(LlamaServerError, match="per model"):
+        llama_server.check(instance(**{**TURNS, "server_options": {"ctx-size": 1}}))
+    bad = {**TURNS["models"][0], "server_options": {"port": 1}}
+    with pytest.raises(LlamaServerError, match="chat of llamacpp-chat must not have port"):
+        llama_server.check(instance(**{**TURNS, "models": [bad]}))
+    lines = {**TURNS["models"][0], "server_options": {"chat-template": "a\nmodel = /etc/shadow"}}
+    with pytest.raises(LlamaServerError, match="in several lines"):
+        llama_server.check(instance(**{**TURNS, "models": [lines]}))
+
+
+def test_any_of_several_models_may_lock_memory() -> None:
+    locked = {**TURNS["models"][0], "server_options": {"load-mode": "mlock"}}
+    assert llama_server.locks_memory(instance(**{**TURNS, "models": [TURNS["models"][1], locked]}))
+    assert not llama_server.locks_memory(instance(**TURNS))

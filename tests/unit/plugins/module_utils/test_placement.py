@@ -234,6 +234,16 @@ def on_demand(**words: Any) -> dict[str, Any]:
     return {"context": 8192, "slots": 1, "kv": "f16", "keep": "on-demand", **words}
 
 
+def test_the_port_of_models_that_take_turns_is_the_declared_one_and_stays() -> None:
+    small = {"a": node(gpu(0, 8192), memory=2048)}
+    plan = make({"one": on_demand(), "two": on_demand(port=9000)}, small, gib=5)
+    assert [(one["turns"], one["port"]) for one in plan["instances"]] == [(["two"], 9000), (["one"], 9000)]
+    plan = make({"one": on_demand(), "two": on_demand()}, small, gib=5)
+    before = [{**one, "port": 8099} for one in plan["instances"]]
+    again = make({"one": on_demand(), "two": on_demand()}, small, gib=5, previous=before)
+    assert {one["port"] for one in again["instances"]} == {8099}
+
+
 def test_models_on_demand_take_turns_where_they_do_not_fit_together() -> None:
     small = {"a": node(gpu(0, 8192), memory=4096)}
     plan = make({"one": on_demand(), "two": on_demand(), "three": on_demand()}, small, gib=5)
@@ -241,6 +251,8 @@ def test_models_on_demand_take_turns_where_they_do_not_fit_together() -> None:
     assert len(turns) >= 2
     for name, others in turns.items():
         assert sorted([name, *others]) == sorted(turns)
+    # They are behind one port, of one server.
+    assert len({one["port"] for one in plan["instances"] if one["fit"] == "turns"}) == 1
     # The group takes what its largest member takes, not the sum.
     card = plan["devices"]["a"]["gpu0"]
     assert card["planned_mib"] <= 8192 - card["reserved_mib"]

@@ -194,6 +194,41 @@ def test_each_kind_is_asked_where_it_answers_for_itself_alone() -> None:
     assert [path for path, key in server.asked] == ["/health/liveliness", "/api/version", "/ping", "/pong"]
 
 
+def turns(**states: str) -> tuple[int, dict]:
+    broken = {"value": "unloaded", "failed": True, "exit_code": 1}
+    return 200, {
+        "data": [
+            {"id": name, "status": broken if state == "failed" else {"value": state}} for name, state in states.items()
+        ]
+    }
+
+
+@pytest.mark.parametrize(
+    ("answer", "state", "evidence"),
+    [
+        (turns(one="loaded", two="unloaded"), "HEALTHY", "/models: one loaded, two unloaded"),
+        (turns(one="sleeping", two="unloaded"), "HEALTHY", "/models: one sleeping, two unloaded"),
+        (turns(one="unloaded", two="loading"), "STARTING", "/models: one unloaded, two loading"),
+        (turns(one="loaded", two="failed"), "DEGRADED", "/models: one loaded, two failed to load"),
+        ((401, {"error": {"message": "Invalid API Key"}}), "DEGRADED", "/models: 401 Invalid API Key"),
+        ((200, {"data": [{"id": "one"}]}), "DEGRADED", "/models: no router's answer"),
+        ((200, [1]), "DEGRADED", "/models: no router's answer"),
+    ],
+)
+def test_of_models_that_take_turns_none_is_woken(answer: tuple, state: str, evidence: str) -> None:
+    server = Server(health=OK, models=answer)
+    result = ask(server, mode="turns", api_key="k")
+    assert (result["state"], result["evidence"][-1]) == (state, evidence)
+    assert server.asked == [("/health", None), ("/models", "Bearer k")]
+
+
+def test_waiting_ends_at_once_when_a_model_that_takes_turns_does_not_load() -> None:
+    with Server(health=OK, models=[turns(one="loading"), turns(one="failed")]).running() as url:
+        result = probe.wait_ready(url, 30, "turns", lambda: True)
+    assert (result["ready"], result["state"]) == (False, "DEGRADED")
+    assert result["seconds"] < 10
+
+
 def test_waiting_goes_on_through_refused_and_loading_until_the_first_token() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]

@@ -102,6 +102,50 @@ def test_a_projector_lies_beside_its_model() -> None:
     assert views.projector({"mmproj": None}, None) == {}
 
 
+def taking_turns() -> dict[str, Any]:
+    at_home = {"library": "/srv/models", "path": "a/chat.gguf"}
+    chat, code = instance("chat", "rig", at_home), instance("code", "rig", None)
+    pair = [{**chat, "turns": ["code"], "memory": {"host": 300}}, {**code, "turns": ["chat"]}]
+    lock = {**LOCK, "instances": pair, "models": copy.deepcopy(LOCK["models"])}
+    lock["models"]["chat"]["mmproj"] = "mmproj.gguf"
+    return lock
+
+
+def test_models_that_take_turns_share_a_server() -> None:
+    lock = taking_turns()
+    derived = views.views(DECLARATION, lock, CATALOGUE)
+    (server,) = derived["rig"]["inference_node"]["instances"]
+    assert (server["name"], server["port"]) == ("chat", 8080)
+    assert [(one["alias"], one["volume"], one["model_file"]) for one in server["models"]] == [
+        ("chat", "library-srv-models", "a/chat.gguf"),
+        ("code", "model-code", "code.gguf"),
+    ]
+    # Each volume is a directory of its own in the container.
+    assert server["models"][0]["server_options"]["mmproj"] == "/models/library-srv-models/a/mmproj.gguf"
+    assert [(one["volume"], one["library"], len(one["files"])) for one in server["volumes"]] == [
+        ("library-srv-models", "/srv/models", 0),
+        ("model-code", None, 1),
+    ]
+    # What the module takes, and nothing else: of a model the module wants no files.
+    assert set(server["models"][1]) == {"alias", "mode", "server_options", "volume", "model_file"}
+    # The gateway asks one address for both, by name; health asks once, and wakes nobody.
+    deployments = derived["nuc"]["litellm"]["deployments"]
+    assert {(one["name"], one["api_base"]) for one in deployments} == {
+        ("chat", "http://192.0.2.30:8080"),
+        ("code", "http://192.0.2.30:8080"),
+    }
+    asked = [one for one in views.endpoints(DECLARATION, lock, CATALOGUE) if one["kind"] == "llamacpp"]
+    assert [(one["name"], one["mode"]) for one in asked] == [("nas/chat", "turns")]
+    assert derived["rig"]["containers"] == []
+    assert views.goes_away(derived, {"rig": ["llamacpp-chat", "llamacpp-code"]}) == {"rig": ["llamacpp-code"]}
+
+
+def test_of_models_that_take_turns_the_largest_is_what_runs() -> None:
+    instances = taking_turns()["instances"]
+    assert views.planned_memory(instances, "rig", ["llamacpp-chat"]) == {"host": 300}
+    assert views.planned_memory(instances, "rig", ["llamacpp-code"]) == {}
+
+
 def test_the_gateway_knows_every_server_its_fallbacks_and_categories() -> None:
     gateway = views.views(DECLARATION, LOCK, CATALOGUE)["nuc"]["litellm"]
     assert [(one["name"], one["api_base"]) for one in gateway["deployments"]] == [
