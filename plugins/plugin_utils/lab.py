@@ -366,8 +366,9 @@ def _model_nodes(
         yield f"{where} would live on guests alone ({', '.join(homes)}); add a node that is always present."
     known = all(host in nodes for host in model["nodes"] or [])
     if known and isinstance(model["replicas"], int) and len(set(homes)) < model["replicas"]:
+        count = len(set(homes))
         yield (
-            f"{where}.replicas is {model['replicas']}, but only {len(set(homes))} node(s) may run it; "
+            f"{where}.replicas is {model['replicas']}, but only {count} node{'' if count == 1 else 's'} may run it; "
             "lower it or allow more nodes."
         )
 

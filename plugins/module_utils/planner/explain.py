@@ -21,6 +21,10 @@ def where_named(where: str, host: str) -> str:
     return f"the main memory of {host}" if where == HOST else f"{where} of {host}"
 
 
+def _count(number: int, word: str) -> str:
+    return f"{number} {word}" if number == 1 else f"{number} {word}s"
+
+
 def nearest(found: list[Choice], free: list[int]) -> tuple[Choice | None, int]:
     """Return the choice that lacks least, best in one bin alone, and the bin in which it lacks most."""
     best: tuple[tuple[bool, int], Choice, int] | None = None
@@ -44,7 +48,7 @@ def refusal(model: str, found: list[Choice], room: Room, free: list[int]) -> dic
     lack = needed - free[number]
     if lack > 0:
         reason = (
-            f"it needs {needed} MiB at {step.context} tokens, {step.slots} slot(s) and KV type {step.kv}, "
+            f"it needs {needed} MiB at {step.context} tokens, {_count(step.slots, 'slot')} and KV type {step.kv}, "
             f"and {where_named(where, host)} has {free[number]} MiB free: {lack} MiB are missing"
         )
     else:
@@ -95,7 +99,7 @@ def changes(
     fewer = min(model["slots"])
     while fewer > 1:
         fewer //= 2
-        yield _of_model(model, "slots", [*model["slots"], fewer], f"let {name} go down to {fewer} slot(s)")
+        yield _of_model(model, "slots", [*model["slots"], fewer], f"let {name} go down to {_count(fewer, 'slot')}")
     for host in nodes:
         if model["nodes"] is not None and host not in model["nodes"]:
             yield _of_model(model, "nodes", [*model["nodes"], host], f"allow {name} on {host} too")
@@ -112,7 +116,7 @@ def changes(
         yield change, {**changed, **both}, None
     if isinstance(model["replicas"], int) and model["replicas"] > 1:
         yield _of_model(
-            model, "replicas", model["replicas"] - 1, f"ask for {model['replicas'] - 1} server(s) of {name}"
+            model, "replicas", model["replicas"] - 1, f"ask for {_count(model['replicas'] - 1, 'server')} of {name}"
         )
     if refused["deficit_mib"]:
         yield from _of_node(refused["node"], refused["device"], refused["deficit_mib"], nodes)
