@@ -64,7 +64,7 @@ def test_a_good_lab_has_no_problem() -> None:
         ),
         ({"lab_models": model(nodes="nuc")}, "lab_models.extra.nodes names nuc, which is not in the group inference"),
         ({"lab_models": model(nodes="rig")}, "lab_models.extra would live on guests alone (rig)"),
-        ({"lab_models": model(replicas=3)}, "lab_models.extra.replicas is 3, but only 2 node(s) may run it"),
+        ({"lab_models": model(replicas=3)}, "lab_models.extra.replicas is 3, but only 2 nodes may run it"),
         (
             {"lab_models": model(fallbacks=["smal"])},
             "lab_models.extra.fallbacks names 'smal', which is no model of lab_models; did you mean small?",
