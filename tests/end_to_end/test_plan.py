@@ -11,14 +11,17 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
-from test_answers import BOX
-from test_changes import LAB, good, playbook, started
+import yaml
+from test_answers import BOX, chat, on, secrets
+from test_changes import LAB, changed, good, playbook, started
 
 MEASURED = BOX / "lab.measured.json"
+__all__ = ["secrets"]  # a fixture
 
 
 @pytest.fixture
@@ -67,3 +70,38 @@ def test_what_has_no_place_is_refused_by_name_and_the_rest_is_deployed(models: d
     after = {node: started(node) for node in before}
     moved = {name for node in before for name in before[node] if before[node][name] != after[node].get(name)}
     assert moved == {"llamacpp-code"}, "its neighbours stay, the change beside the refusal is made"
+
+
+def test_models_that_do_not_fit_beside_each_other_take_turns(models: dict[str, Any], secrets: dict[str, str]) -> None:
+    # Each takes more than half of the card for its context; its batch is small, or the mask would take the rest.
+    large = {"nodes": ["lithium"], "keep": "on-demand", "context": 500_000, "kv": "f16", "args": {"ubatch-size": 32}}
+    for name in ("day", "night"):
+        models[name] = {"source": {"library": "chat.gguf"}, **large}
+    good(playbook("plan", models=models))
+    lock = yaml.safe_load((BOX / "lab.lock.yml").read_text(encoding="utf-8"))
+    planned = {one["model"]: one for one in lock["instances"] if one["model"] in ("day", "night")}
+    assert {name: (one["fit"], one["devices"]) for name, one in planned.items()} == {
+        "day": ("turns", ["gpu0"]),
+        "night": ("turns", ["gpu0"]),
+    }
+    before = started("lithium")
+    good(playbook("site", models=models))
+    after = started("lithium")
+    assert set(after) - set(before) == {"llamacpp-day"}, "one server for both"
+    assert {name: after[name] for name in before} == before
+
+    # Asked in turn, and both at once, both answer; each time the layers are on the card.
+    with ThreadPoolExecutor() as pool:
+        for wanted in (["day"], ["night"], ["day"], ["night", "day", "night", "day"]):
+            for name, (status, answer, headers) in zip(wanted, pool.map(lambda name: chat(secrets, name), wanted)):
+                assert status == 200, answer
+                assert answer["model"] == name
+                assert headers.get("x-litellm-model-id") == name
+    log = on("lithium", "docker logs llamacpp-day 2>&1")
+    assert log.count("offloaded 3/3 layers to GPU") >= 4
+    # Asking how they are wakes nobody, and a second run changes nothing.
+    awake = log.count("spawning server instance")
+    assert "/models: " in good(playbook("health", models=models))
+    assert not changed(good(playbook("site", models=models)))
+    assert on("lithium", "docker logs llamacpp-day 2>&1").count("spawning server instance") == awake
+    assert started("lithium") == after
