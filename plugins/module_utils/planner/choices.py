@@ -214,10 +214,11 @@ def choices(
     :param all_of_them: those too that do not fit, for saying by how much.
     """
     ladder = stairs(model, resolved, footprints)
+    cachings: dict[Step, tuple[list[int], int]] = {}
     some, few = (ladder, ladder) if fine else (_thinned(ladder, 5), _thinned(ladder, 2))
     for place in places(room, host, variants(resolved)[0]["shape"], fine):
         taken = some if place.fit == "one_gpu" else few
-        yield from at(place, taken, model, resolved, room, footprints, all_of_them)
+        yield from at(place, taken, model, resolved, room, footprints, all_of_them, cachings)
 
 
 def at(
@@ -228,8 +229,12 @@ def at(
     room: Room,
     footprints: Footprints,
     all_of_them: bool = False,
+    cachings: dict[Step, tuple[list[int], int]] | None = None,
 ) -> Iterator[Choice]:
-    """Yield the ways in which a model fits at one place."""
+    """Yield the ways in which a model fits at one place.
+
+    :param cachings: what is known of a step's caches from other places; what is found is added.
+    """
     free = room.free()
     node = room.nodes[place.host]
     own = {device["id"]: device for device in node["devices"]}
@@ -237,10 +242,17 @@ def at(
     devices = [own[name] for name in place.devices]
     engine = backend(devices[0]) if devices else "cpu"
     widest = widest_options(model, resolved, place)
+    rests: dict[int, tuple[int, int, int]] = {}
+    # Wherever a model runs, its caches follow from the step alone.
+    cachings = {} if cachings is None else cachings
     for step in ladder:
         variant = found[step.quant]
         options = server_options(model, step, place, variant["shape"])
-        memory = footprints.take(variant, options, devices, engine, widest, node.get("overheads"))
+        if step.quant not in rests:
+            rests[step.quant] = footprints.rest(variant, widest, devices, engine, node.get("overheads"))
+        if step not in cachings:
+            cachings[step] = footprints.caching(variant["shape"], options)
+        memory = footprints.take(variant, options, devices, cachings[step], rests[step.quant])
         needs = room.needs(place.host, memory)
         if not all_of_them and any(size > free[number] for number, size in needs):
             continue

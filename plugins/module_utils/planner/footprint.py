@@ -70,21 +70,21 @@ class Footprints:
         resolved: dict[str, Any],
         options: dict[str, Any],
         devices: list[dict[str, Any]],
-        backend: str,
-        widest: dict[str, Any],
-        overheads: dict[str, int] | None,
+        caching: tuple[list[int], int],
+        rest: tuple[int, int, int],
     ) -> dict[str, int]:
         """Return the MiB that a server takes of each of its devices and of the host.
 
-        :param widest: the options that take most, of those that the model may have on such devices.
+        :param caching: what P(caching) said of these options.
+        :param rest: what P(rest) said of this place.
         """
         shape = resolved["shape"]
-        caches, kept = self._caching(shape, options)
+        caches, kept = caching
         if not devices:
             sums, main = [], self._all(shape) + caches[-1]
         else:
             sums, main = self._spread(shape, options, len(devices), caches)
-        on_device, on_host, first = self._rest(resolved, widest, devices, backend, overheads)
+        on_device, on_host, first = rest
         found = {
             device["id"]: -(-(size + on_device + (first if number == 0 else 0)) // MIB)
             for number, (device, size) in enumerate(zip(devices, sums))
@@ -93,7 +93,7 @@ class Footprints:
 
     def total(self, shape: dict[str, Any], options: dict[str, Any]) -> int:
         """Return the bytes of weights and caches, wherever they lie."""
-        return self._all(shape) + self._caching(shape, options)[0][-1]
+        return self._all(shape) + self.caching(shape, options)[0][-1]
 
     def correct(
         self,
@@ -106,7 +106,7 @@ class Footprints:
     ) -> None:
         """Count C(more) MiB on top of what is taken beside weights and caches: the full prediction said so."""
         key = self._rest_key(resolved["shape"], widest, devices, backend, overheads)
-        each, host, first = self._rest(resolved, widest, devices, backend, overheads)
+        each, host, first = self.rest(resolved, widest, devices, backend, overheads)
         self._rests[key] = (each + more * MIB if devices else each, host + more * MIB, first)
 
     def _spread(
@@ -164,7 +164,7 @@ class Footprints:
     def _all(self, shape: dict[str, Any]) -> int:
         return self._layers(shape)[2]
 
-    def _caching(self, shape: dict[str, Any], options: dict[str, Any]) -> tuple[list[int], int]:
+    def caching(self, shape: dict[str, Any], options: dict[str, Any]) -> tuple[list[int], int]:
         """Return the running sum of the caches of all layers, and what caches take of the host wherever layers are."""
         key = (self._kind(shape), str([options.get(name) for name in OF_CACHES]))
         if key not in self._caches:
@@ -203,7 +203,7 @@ class Footprints:
             learned,
         )
 
-    def _rest(
+    def rest(
         self,
         resolved: dict[str, Any],
         widest: dict[str, Any],
@@ -211,7 +211,10 @@ class Footprints:
         backend: str,
         overheads: dict[str, int] | None,
     ) -> tuple[int, int, int]:
-        """Return the bytes beside weights and caches: of each device, of the host, and of the first device only."""
+        """Return the bytes beside weights and caches: of each device, of the host, and of the first device only.
+
+        :param widest: the options that take most, of those that the model may have on such devices.
+        """
         key = self._rest_key(resolved["shape"], widest, devices, backend, overheads)
         if key not in self._rests:
             found: dict[str, int] = {}

@@ -282,12 +282,15 @@ class Problem:
         # Of each file the step that takes least.
         least = {step.quant: step for step in ladder}
         search.free = [free + size for free, size in zip(search.free, more)]
+        known: dict[Step, tuple[list[int], int]] = {}
         ways = [
             Option(0, host, choice.needs, (host, place.devices) if choice.turns else None, 0, choice.step.quant)
             for host in self.homes(model)
             if "on-demand" in model["keep"] or self._might_hold(search, host, model, list(least.values()))
             for place in places(self.room, host, shape, self.fine)
-            for choice in at(place, list(least.values()), model, resolved, self.room, self.ways.footprints)
+            for choice in at(
+                place, list(least.values()), model, resolved, self.room, self.ways.footprints, False, known
+            )
         ]
         placed = []
         for number in missing:
