@@ -51,6 +51,8 @@ class ActionModule(ActionBase):
             host: self.facts(hostvars, host)
             for host in declaration["groups"]["inference"] + declaration["groups"]["library"]
         }
+        measured_file = path.with_name(path.name.removesuffix(".lock.yml") + ".measured.json")
+        seen = measured.parse(measured_file.read_text(encoding="utf-8")) if measured_file.exists() else {}
         before = known["nodes"] if known else {}
         for host, found in facts.items():
             missing: list[dict[str, Any]] = []
@@ -69,12 +71,15 @@ class ActionModule(ActionBase):
             plain_http=views.plain_http(declaration["lab"].get("lab_registry_mirror")),
             models={name: model for name, model in lab.models(declaration).items() if model["engine"] == "llamacpp"},
             nodes=views.planner_nodes(
-                declaration, {**before, **{host: found for host, found in facts.items() if found}}, catalogue
+                declaration,
+                {**before, **{host: found for host, found in facts.items() if found}},
+                catalogue,
+                measured.overheads(seen),
             ),
             libraries={host: found["library"] for host, found in facts.items() if found},
             lock=known,
             lock_file=str(path),
-            measured_file=str(path.with_name(path.name.removesuffix(".lock.yml") + ".measured.json")),
+            measured_file=str(measured_file),
             inventory_dir=str(self.inventory_dir(hostvars)),
             stale=stale,
             secrets_missing=[name for name in lab.GENERATED_SECRETS if not declaration["secrets"].get(name)],
@@ -86,9 +91,7 @@ class ActionModule(ActionBase):
             if "servers" in (hostvars[host].get("__lab_taken") or {})
         }
         if known and taken:
-            path = Path(result["measured_file"])
-            before = measured.parse(path.read_text(encoding="utf-8")) if path.exists() else {}
-            found, sentences = measured.merge(before, known, taken)
+            found, sentences = measured.merge(seen, known, taken)
             result["measured"] = {"text": measured.render(found), "sentences": sentences}
         if not stale:
             result["views"] = views.views(declaration, known, catalogue)

@@ -123,6 +123,27 @@ def start_log(client: Any, name: str) -> tuple[dict[str, str], str]:
     return {"image_id": container["Image"], "started_at": started_at}, b"".join(text).decode("utf-8", "replace")
 
 
+def of_process(client: Any, name: str, devices: list[str], taken: Mapping[tuple[int, str], int]) -> dict[str, int]:
+    """MiB that the processes of a container take of each of its NVIDIA cards.
+
+    :param taken: MiB by process and card, as the driver says it.
+    """
+    with _engine(f"Looking at container {name}"):
+        variables = _variables(client.inspect_container(name)["Config"].get("Env"))
+        # The order in which the server counts its cards.
+        uuids = variables.get("CUDA_VISIBLE_DEVICES", "").split(",")
+        if not taken or not devices or len(uuids) != len(devices):
+            return {}
+        listed = client.top(name, "-eo pid")
+    pids = {int(row[0]) for row in listed["Processes"]}
+    found: dict[str, int] = {}
+    for (pid, uuid), size in taken.items():
+        if pid in pids and uuid in uuids:
+            device = devices[uuids.index(uuid)]
+            found[device] = found.get(device, 0) + size
+    return found
+
+
 # ------------------------------------------------------------------------------------------------ values and comparison
 
 

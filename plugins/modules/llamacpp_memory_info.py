@@ -71,6 +71,13 @@ servers:
       type: list
       elements: int
       sample: [33, 33]
+    process:
+      description:
+        - Per NVIDIA card, what the driver says that the server's process takes of it, in MiB. What is above the buffers
+          is the driver's own part.
+        - Empty where no nvidia-smi says it.
+      type: dict
+      sample: {gpu0: 6044}
     memory:
       description:
         - Per device, and for C(host), the size of each kind of buffer in MiB.
@@ -93,7 +100,14 @@ problems:
 """
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.homelab.inference.plugins.module_utils.container import ContainerError, connect, start_log
+from ansible_collections.homelab.inference.plugins.module_utils.container import (
+    ContainerError,
+    connect,
+    of_process,
+    start_log,
+)
+from ansible_collections.homelab.inference.plugins.module_utils.gpu.host import Host
+from ansible_collections.homelab.inference.plugins.module_utils.gpu.nvidia import processes
 from ansible_collections.homelab.inference.plugins.module_utils.llama_log import (
     LlamaLogError,
     buffers,
@@ -122,12 +136,14 @@ def main() -> None:
         client = connect()
     except ContainerError as error:
         module.fail_json(msg=str(error))
+    taken = processes(Host()) if any(server["devices"] for server in module.params["servers"]) else {}
     for server in module.params["servers"]:
         name = server["name"]
         try:
             found, text = start_log(client, name)
             servers[name] = {
                 **found,
+                "process": of_process(client, name, server["devices"], taken),
                 # A server of the processor alone does not speak of layers.
                 "layers": list(offloaded(text)) if server["devices"] else None,
                 "memory": of_instance(buffers(text), server["devices"]),

@@ -7,7 +7,10 @@ The file beside the lock, C(.lab.measured.json)::
 
     {"chat": {"node": ..., "image_id": ..., "started_at": ..., "server_options": {...},
               "memory": {"gpu0": {"model": MiB, "kv": MiB, ...}, "host": {...}},
-              "planned": {"gpu0": MiB, "host": MiB}, "took": {"gpu0": MiB, "host": MiB}}}
+              "planned": {"gpu0": MiB, "host": MiB}, "took": {"gpu0": MiB, "host": MiB}, "process": {"gpu0": MiB}}}
+
+What the driver says of a process beyond the buffers in its log is what it takes for itself. The next plan counts with
+that instead of a constant.
 """
 
 from __future__ import annotations
@@ -19,6 +22,8 @@ from typing import Any
 LOGGED = frozenset({"weights", "repack", "kv", "recurrent", "compute", "output", "projector", "draft"})
 # Beyond this share of what was planned, or this many MiB where that is little, the difference is said.
 TOLERANCE, LEAST_MIB = 0.02, 8
+# Overheads are rounded up to this, so that the next start changes no plan.
+STEP_MIB = 16
 
 
 def planned(instance: dict[str, Any]) -> dict[str, float]:
@@ -64,6 +69,7 @@ def merge(
             "memory": server["memory"],
             "planned": foreseen,
             "took": took,
+            "process": server.get("process", {}),
         }
         for where, size in foreseen.items():
             if abs(took.get(where, 0.0) - size) > max(TOLERANCE * size, LEAST_MIB):
@@ -71,6 +77,20 @@ def merge(
                     f"{name} took {took.get(where, 0.0):.0f} MiB of {where} of {host}, {size:.0f} MiB were planned."
                 )
     return measured, sentences
+
+
+def overheads(measured: dict[str, Any]) -> dict[str, dict[str, int]]:
+    """Return per host and card the MiB that a server takes of it beside its buffers: the most that any server did."""
+    found: dict[str, dict[str, int]] = {}
+    for entry in measured.values():
+        if not isinstance(entry, dict) or not {"node", "took"} <= set(entry):
+            continue  # written by somebody else
+        for device, size in (entry.get("process") or {}).items():
+            beside = size - entry["took"].get(device, 0.0)
+            if beside > 0:
+                there = found.setdefault(entry["node"], {})
+                there[device] = max(there.get(device, 0), -(-int(beside + 0.5) // STEP_MIB) * STEP_MIB)
+    return found
 
 
 def parse(text: str) -> dict[str, Any]:

@@ -57,11 +57,15 @@ def plain_http(mirror: str | None) -> list[str]:
 
 
 def planner_nodes(
-    declaration: dict[str, Any], facts: dict[str, dict[str, Any]], catalogue: dict[str, Any]
+    declaration: dict[str, Any],
+    facts: dict[str, dict[str, Any]],
+    catalogue: dict[str, Any],
+    overheads: dict[str, dict[str, int]] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Return what the planner has to know of each inference node. Declared values stand in where a host gave no facts.
 
     :param facts: per host that answered C({devices, memory_mib, cpus, library}).
+    :param overheads: per host and card the MiB that servers were seen to take beside their buffers.
     """
     ports = lab_module.service_ports(declaration, catalogue)
     nodes = {}
@@ -82,6 +86,8 @@ def planner_nodes(
             "ports": sorted(ports.get(host, {})),
             "reservations": _reserved(declaration, host),
         }
+        if (overheads or {}).get(host):
+            nodes[host]["overheads"] = overheads[host]
     return nodes
 
 

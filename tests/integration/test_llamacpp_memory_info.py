@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
+from ansible_collections.homelab.inference.plugins.module_utils.container import connect, of_process
 
 IMAGE = "homelab-inference/llama.cpp:dev"
 ROOT = Path(__file__).parents[2]
@@ -101,3 +102,17 @@ def test_a_quiet_server_and_an_absent_one_are_problems_and_no_zeroes(folder):
     errors = {problem["name"]: problem["error"] for problem in answer["problems"]}
     assert errors[quiet].startswith(f"Reading the memory of {quiet} failed: ")
     assert absent in errors[absent]
+
+
+def test_what_the_driver_says_of_a_process_belongs_to_the_container_it_runs_in(folder):
+    """The container is real; what a driver would say is typed, there is no card here."""
+    name = f"{PREFIX}-cards"
+    cards = ["-e", "CUDA_VISIBLE_DEVICES=GPU-b,GPU-a", "--entrypoint", "sleep", IMAGE, "60"]
+    docker("run", "-d", "--name", name, "--network", "none", *cards)
+    pid = int(docker("inspect", "--format", "{{.State.Pid}}", name))
+    said = {(pid, "GPU-a"): 500, (pid, "GPU-c"): 3, (os.getpid(), "GPU-b"): 9}
+    client = connect()
+    assert of_process(client, name, ["gpu1", "gpu0"], said) == {"gpu0": 500}
+    assert of_process(client, name, ["gpu1", "gpu0"], {**said, (pid, "GPU-b"): 7}) == {"gpu0": 500, "gpu1": 7}
+    assert of_process(client, name, ["gpu0"], said) == {}, "these are not its cards"
+    assert of_process(client, name, [], said) == {}

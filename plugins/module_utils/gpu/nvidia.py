@@ -39,6 +39,7 @@ _MODULE_VERSION = re.compile(r"^NVRM version:.*?\s(\d+(?:\.\d+)+)\s", re.MULTILI
 _LIBRARY_VERSION = re.compile(r"\.so\.(\d+(?:\.\d+)+)$")
 _GPU = re.compile(r"^GPU [0-9A-Fa-f]+:[0-9A-Fa-f]+:[0-9A-Fa-f]+\.[0-9A-Fa-f]+\s*$")
 _MIG = re.compile(r"^\s+MIG (\S+)\s+Device\s+(\d+): \(UUID: (MIG-[^)]+)\)")
+_PROCESS = re.compile(r"^(\d+), (GPU-\S+), (\d+)\s*$", re.MULTILINE)
 _CAPABILITY = re.compile(r"^(\d+)\.(\d+)$")
 
 
@@ -95,6 +96,23 @@ def collect(host: Host, cards: list[Card]) -> Found:
         evidence = f"{_addresses(gone)} on the PCI bus, but not in the answer of nvidia-smi. {' '.join(lines)}".strip()
         problems.append(problem("nvidia", "lost", evidence, REMEDIES["lost"]))
     return Found(devices, problems, drivers)
+
+
+def processes(host: Host) -> dict[tuple[int, str], int]:
+    """Return the MiB that each process takes of each card, by its ID and the card's UUID; nothing where it is not said.
+
+    In MIG mode and under WSL nvidia-smi says V([N/A]).
+    """
+    tool = host.tool("nvidia-smi")
+    if tool is None:
+        return {}
+    asked = "--query-compute-apps=pid,gpu_uuid,used_gpu_memory"
+    return parse_processes(host.run([tool, asked, "--format=csv,noheader,nounits"]).output)
+
+
+def parse_processes(text: str) -> dict[tuple[int, str], int]:
+    """Read the answer of nvidia-smi to the question of P(processes)."""
+    return {(int(pid), uuid): int(size) for pid, uuid, size in _PROCESS.findall(text)}
 
 
 def failure(answer: Answer) -> str | None:

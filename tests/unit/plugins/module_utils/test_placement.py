@@ -409,3 +409,17 @@ def test_the_owners_order_of_steps() -> None:
     ]
     assert worth == sorted(set(worth), reverse=True)
     assert quality.step("quant", 9) < quality.step("quant", 8) < quality.STEPS["quant"][-1]
+
+
+def test_what_was_learned_of_a_card_takes_the_place_of_the_constant() -> None:
+    model = {"chat": {"context": 8192, "slots": 1, "kv": "f16"}}
+    plain, learned = node(gpu(0, 8192)), {**node(gpu(0, 8192)), "overheads": {"gpu0": 1000}}
+    before = make(model, {"a": plain}, gib=4)["instances"][0]
+    after = make(model, {"a": learned}, gib=4)["instances"][0]
+    (constant,) = [part for part in before["parts"] if part["kind"] == "overhead"]
+    (part,) = [part for part in after["parts"] if part["kind"] == "overhead"]
+    assert (constant["source"], part["source"], part["bytes"]) == ("bound", "measured", 1000 * 2**20)
+    assert after["memory"]["gpu0"] - before["memory"]["gpu0"] == 1000 - constant["bytes"] // 2**20
+    # Where it does not fit any more, it is not placed there.
+    full = {**node(gpu(0, 8192)), "overheads": {"gpu0": 4000}}
+    assert make(model, {"a": full}, gib=4)["instances"][0]["fit"] != "one_gpu"

@@ -50,3 +50,18 @@ def test_what_left_the_lock_leaves_the_file() -> None:
 
 def test_a_broken_file_is_as_good_as_none() -> None:
     assert measured.parse("{half") == {} and measured.parse("[]") == {} and measured.parse('{"a": 1}') == {"a": 1}
+
+
+def test_what_a_driver_takes_for_itself_is_learned_per_card() -> None:
+    seen = answer(model=1001.0, compute=99.0)
+    seen["forge"]["servers"]["llamacpp-chat"]["process"] = {"gpu0": 1561}
+    found, sentences = measured.merge({}, lock(weights=1000, compute=100, overhead=456), seen)
+    assert sentences == []
+    # 461 MiB, rounded up, so that the next start changes no plan.
+    assert measured.overheads(found) == {"forge": {"gpu0": 464}}
+    more = {**found, "code": {**found["chat"], "process": {"gpu0": 1573, "gpu1": 300}, "took": {"gpu0": 1100.0}}}
+    assert measured.overheads(more) == {"forge": {"gpu0": 480, "gpu1": 304}}
+    # Nothing is learned from cards of which nobody says it, nor from nonsense.
+    unsaid, _sentences = measured.merge({}, lock(weights=1000), answer(model=1001.0))
+    assert measured.overheads(unsaid) == {} and measured.overheads({"a": 1, "b": {}}) == {}
+    assert measured.overheads({"a": {**found["chat"], "process": {"gpu0": 900}}}) == {}

@@ -261,3 +261,9 @@ def test_a_file_of_a_library_is_found_by_name_or_path_with_its_shards() -> None:
     assert planning.resolve(models, [], {}, known) == {"c": {"files": []}}
     known["declared"]["models"]["c"]["source"] = {"library": "another.gguf"}
     assert planning.resolve(models, [], {}, known) == {}
+
+
+def test_what_was_learned_of_a_card_goes_into_the_plan() -> None:
+    learned = {"forge": {"gpu0": 640}}
+    nodes = views.planner_nodes(DECLARATION, {"forge": CPU, "rig": CPU}, CATALOGUE, learned)
+    assert nodes["forge"]["overheads"] == {"gpu0": 640} and "overheads" not in nodes["rig"]

@@ -250,3 +250,17 @@ def test_mismatch_seen_on_disk(machine: Machine) -> None:
 def test_module_version(fixture: str, version: str) -> None:
     """Both kinds of kernel module."""
     assert nvidia.module_version(recorded(fixture)) == version
+
+
+def test_what_processes_take_is_read_and_what_is_not_said_is_left_out() -> None:
+    # Typed by hand after nvidia-smi's documented CSV; [N/A] is what it says under WSL and with MIG.
+    text = (
+        "4711, GPU-5e2f7f3a-0000-0000-0000-000000000000, 6044\n"
+        "4712, GPU-5e2f7f3a-0000-0000-0000-000000000001, [N/A]\n"
+        "4713, GPU-5e2f7f3a-0000-0000-0000-000000000001, 512\n"
+        "Failed to initialize NVML: Driver/library version mismatch\n"
+    )
+    assert nvidia.parse_processes(text) == {
+        (4711, "GPU-5e2f7f3a-0000-0000-0000-000000000000"): 6044,
+        (4713, "GPU-5e2f7f3a-0000-0000-0000-000000000001"): 512,
+    }
