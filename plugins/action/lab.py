@@ -80,6 +80,7 @@ class ActionModule(ActionBase):
             lock=known,
             lock_file=str(path),
             measured_file=str(measured_file),
+            taken=seen,
             inventory_dir=str(self.inventory_dir(hostvars)),
             stale=stale,
             secrets_missing=[name for name in lab.GENERATED_SECRETS if not declaration["secrets"].get(name)],

@@ -399,7 +399,7 @@ def answer(
     :param found: what module model_source_info found, and its problems.
     """
     name, models, nodes, lock = asked["name"], asked["models"], asked["nodes"], lab["lock"]
-    resolved = planning.resolve(models, found, lab["libraries"], lock)
+    resolved = planning.resolve(models, found, lab["libraries"], lock, lab.get("taken"))
     if name and name not in resolved:
         reasons = planning.unresolved({name: models[name]}, problems, lab["libraries"])
         return {

@@ -56,3 +56,16 @@ def test_a_projector_and_a_draft_model_are_known_to_the_plan() -> None:
     assert planning.resolve(models, [seen], index, None)["chat"]["draft"] == {"quant": "Q8_0"}
     assert planning.resolve(models, [seen], {}, None) == {}
     assert "draft model small.gguf lies in no node_library" in planning.unresolved(models, [], {})["chat"]
+
+
+def test_of_a_known_architecture_a_start_teaches_nothing() -> None:
+    """What is computed is exact; a plan shall not change because servers run."""
+    shape = {"architecture": "llama", "quant": "Q4_K_M", "block_count": 1}
+    instance = {"name": "chat", "model": "chat", "devices": [], "server_options": {"ctx-size": 512}}
+    lock = {"instances": [instance], "models": {"chat": {"shape": shape}}}
+    seen = {"chat": {"server_options": {"ctx-size": 512}, "image_id": "sha256:1", "memory": {"host": {"compute": 5}}}}
+    files = {**answer("Q4_K_M"), "shape": shape}
+    models = registry(hf="owner/name")
+    assert planning.resolve(models, [files], {}, lock, seen) == planning.resolve(models, [files], {}, lock)
+    # An old file beside the lock, or none, is no reason to fail.
+    assert planning.resolve(models, [files], {}, lock, {}) == planning.resolve(models, [files], {}, None, seen)
