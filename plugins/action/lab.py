@@ -60,8 +60,8 @@ class ActionModule(ActionBase):
                 found["devices"], missing = drift.bind(found["devices"], before[host]["devices"])
                 warnings += [self.missing(host, device, found["problems"]) for device in missing]
             if found:
-                ours = views.planned_memory(known["instances"] if known else [], host, self.running(hostvars, host))
-                facts[host] = drift.without_ours(found, ours, [device["id"] for device in missing])
+                ours, held = self.held(known, host, self.running(hostvars, host))
+                facts[host] = drift.without_ours(found, ours, [device["id"] for device in missing], held)
         result.update(
             changed=False,
             warnings=[*result.get("warnings", []), *warnings],
@@ -132,6 +132,18 @@ class ActionModule(ActionBase):
             "problems": known.get("inference_gpu_problems", []),
             "library": (hostvars[host].get("__lab_library") or {}).get("files", []),
         }
+
+    @staticmethod
+    def held(known: dict[str, Any] | None, host: str, running: list[str]) -> tuple[dict[str, int], dict[str, Any]]:
+        """Return what our servers hold of a host, and what others held of it where ours hold now more and now less."""
+        if not known or host not in known["nodes"]:
+            return {}, {}
+        node = known["nodes"][host]
+        before = {device["id"]: device.get("used_mib") for device in node["devices"]}
+        before["host"] = node.get("memory_used_mib")
+        turning = views.awake(known["instances"], host, running)
+        held = {where: size for where, size in before.items() if where in turning}
+        return views.planned_memory(known["instances"], host, running), held
 
     @staticmethod
     def running(hostvars: Any, host: str) -> list[str]:

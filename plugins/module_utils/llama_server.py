@@ -102,6 +102,7 @@ def check(instance: Mapping[str, Any]) -> None:
         raise LlamaServerError(f"server_options of {name} must be given per model: it has several. Move them there.")
     for model in several(instance):
         _check_options(f"{model['alias']} of {name}", model["server_options"] or {})
+        _check_preset(f"{model['alias']} of {name}", model)
     _check_options(name, instance["server_options"] or {})
     if "LLAMA_API_KEY" in (instance["env"] or {}):
         raise LlamaServerError(
@@ -111,7 +112,7 @@ def check(instance: Mapping[str, Any]) -> None:
 
 
 def _check_options(name: str, options: Mapping[str, Any]) -> None:
-    for key, value in options.items():
+    for key in options:
         if key in OWNED:
             remedy = f"Use the option {OWNED[key]} instead." if OWNED[key] else "It is always set; leave it out."
             raise LlamaServerError(f"server_options of {name} must not have {key}: this module sets it. {remedy}")
@@ -120,8 +121,19 @@ def _check_options(name: str, options: Mapping[str, Any]) -> None:
                 f"server_options of {name} has {key}: it is not a long option of llama-server. "
                 "Write it in full, without leading dashes: ctx-size."
             )
-        if isinstance(value, str) and len(value.splitlines()) > 1:
-            raise LlamaServerError(f"server_options of {name} has {key} in several lines. Write it in one.")
+
+
+def _check_preset(name: str, model: Mapping[str, Any]) -> None:
+    """Refuse what a preset cannot hold: it has no quotes, and ends a value at a line's end, a C(;) or a C(#)."""
+    values = {"alias": model["alias"], "model_file": model["model_file"]}
+    for key, value in (model["server_options"] or {}).items():
+        values[f"server_options.{key}"] = " ".join(_option(key, value)[1:])
+    for key, text in values.items():
+        if re.search(r"[;#\r\n]|^--", text) or (key == "alias" and "]" in text):
+            raise LlamaServerError(
+                f"{key} of {name} cannot be given to a model that takes turns: it has a line break, ; or #, or begins "
+                "with --. Write it otherwise, or keep the model by itself."
+            )
 
 
 def entrypoint(instance: Mapping[str, Any], program: list[str]) -> list[str]:

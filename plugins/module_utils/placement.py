@@ -162,7 +162,12 @@ def _ports(instances: list[dict[str, Any]], problem: Problem, groups: list[list[
 
     Models that take turns are behind one port, that of the first of them that has one.
     """
-    had = {(instance["name"], instance["node"]): instance["port"] for instance in problem.previous}
+    # Of models that took turns the one keeps the port that their server was named after (views.server_name).
+    had = {
+        (one["name"], one["node"]): one["port"]
+        for one in problem.previous
+        if one["name"] == min([one["name"], *(one.get("turns") or [])])
+    }
     taken = {host: set(node.get("ports", [])) for host, node in problem.nodes.items()}
     sharing = {id(one): members for members in groups for one in members}
     servers = [sharing.get(id(one), [one]) for one in instances]

@@ -30,15 +30,23 @@ def bind(
     return devices + [{**device, "id": next(free)} for device in there.values()], missing
 
 
-def without_ours(facts: dict[str, Any], ours: dict[str, int], missing: Iterable[str] = ()) -> dict[str, Any]:
+def without_ours(
+    facts: dict[str, Any],
+    ours: dict[str, int],
+    missing: Iterable[str] = (),
+    before: dict[str, int | None] | None = None,
+) -> dict[str, Any]:
     """Return a node's facts with the memory that others hold in C(used_mib) of each device and in C(memory_used_mib).
 
     :param facts: C({devices, memory_mib, memory_used_mib, ...}), with all that is used now.
     :param ours: MiB that our running servers were planned with, by device id and C(host).
     :param missing: ids of the devices that did not answer; what the lock says of them stays.
+    :param before: MiB that others held by the lock, where it cannot be told now: models take turns there.
     """
 
     def others(used: int | None, where: str) -> int | None:
+        if before and where in before:
+            return before[where]
         return used if used is None or where in missing else max(used - ours.get(where, 0), 0)
 
     devices = [{**device, "used_mib": others(device.get("used_mib"), device["id"])} for device in facts["devices"]]

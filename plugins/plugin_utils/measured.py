@@ -5,7 +5,8 @@
 
 The file beside the lock, C(.lab.measured.json)::
 
-    {"chat": {"node": ..., "image_id": ..., "started_at": ..., "server_options": {...},
+    {"chat": {"model": ..., "shape": (fingerprint), "devices": ["gpu0"], "node": ..., "image_id": ...,
+              "started_at": ..., "server_options": {...},
               "memory": {"gpu0": {"model": MiB, "kv": MiB, ...}, "host": {...}},
               "planned": {"gpu0": MiB, "host": MiB}, "took": {"gpu0": MiB, "host": MiB}, "process": {"gpu0": MiB}}}
 
@@ -17,6 +18,9 @@ from __future__ import annotations
 
 import json
 from typing import Any
+
+from ansible_collections.homelab.inference.plugins.module_utils.memory.calibration import fingerprint
+from ansible_collections.homelab.inference.plugins.plugin_utils.views import chosen
 
 # What a server's log tells of: the rest of a plan (what a driver keeps, a process's own memory) stands in no log.
 LOGGED = frozenset({"weights", "repack", "kv", "recurrent", "compute", "output", "projector", "draft"})
@@ -62,6 +66,9 @@ def merge(
         foreseen = planned(instance)
         took = {where: round(sum(kinds.values()), 2) for where, kinds in server["memory"].items()}
         measured[name] = {
+            "model": instance["model"],
+            "shape": fingerprint(chosen(instance, lock)["shape"]),
+            "devices": instance["devices"],
             "node": host,
             "image_id": server["image_id"],
             "started_at": server["started_at"],

@@ -54,8 +54,8 @@ def resolve(
     :param found: the models of what module model_source_info returned.
     :param libraries: per host the index of its model files (module gguf_info).
     :param lock: the lock in force; it stands in for a source or a node that does not answer now.
-    :param measured: what its servers took (measured.py). Of an architecture whose computing the planner does not know
-        that stands in for its upper bound.
+    :param measured: what servers took at their last start (measured.py). Of an architecture whose computing the planner
+        does not know that stands in for its upper bound.
     """
     resolved: dict[str, dict[str, Any]] = {}
     for name, model in models.items():
@@ -81,26 +81,22 @@ def resolve(
                 resolved[name] = _with_draft(resolved[name], draft)
             else:
                 del resolved[name]
-    for instance in lock["instances"] if lock and measured else []:
-        name, seen = instance["model"], measured.get(instance["name"], {})
-        if name in resolved and seen.get("server_options") == instance["server_options"]:
-            resolved[name] = _calibrated(resolved[name], instance, views.chosen(instance, lock)["shape"], seen)
+    for seen in (measured or {}).values():
+        if isinstance(seen, dict) and seen.get("model") in resolved:
+            resolved[seen["model"]] = _calibrated(resolved[seen["model"]], seen)
     return resolved
 
 
-def _calibrated(
-    entry: dict[str, Any], instance: dict[str, Any], shape: dict[str, Any], seen: dict[str, Any]
-) -> dict[str, Any]:
-    """Return files with what a server of this shape took to compute, where that can only be guessed otherwise."""
-    if not unknown(shape):
-        return entry
-    devices = [{"id": name, "memory_mib": 1} for name in instance["devices"]]
-    names = {name: f"gpu{number}" for number, name in enumerate(instance["devices"])}
+def _calibrated(entry: dict[str, Any], seen: dict[str, Any]) -> dict[str, Any]:
+    """Return files with what a server of their shape took to compute, where that can only be guessed otherwise."""
+    devices = [{"id": name, "memory_mib": 1} for name in seen["devices"]]
+    names = {name: f"gpu{number}" for number, name in enumerate(seen["devices"])}
     took = {names.get(place, place): sizes for place, sizes in seen["memory"].items()}
-    options = instance["server_options"]
-    known = calibration(seen["image_id"], shape, options, devices, [(options, took)])
+    options = seen["server_options"]
     variants = [
-        {**one, "calibration": known} if fingerprint(one["shape"]) == known["shape"] else one
+        {**one, "calibration": calibration(seen["image_id"], one["shape"], options, devices, [(options, took)])}
+        if unknown(one["shape"]) and fingerprint(one["shape"]) == seen["shape"]
+        else one
         for one in entry.get("variants", [entry])
     ]
     return {**variants[0], "variants": variants} if "variants" in entry else variants[0]

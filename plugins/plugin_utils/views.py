@@ -113,6 +113,17 @@ def planned_memory(instances: list[dict[str, Any]], host: str, running: list[str
     return planned
 
 
+def awake(instances: list[dict[str, Any]], host: str, running: list[str]) -> set[str]:
+    """Return the devices of a host, and C(host), of which a server takes now more, now less: models take turns."""
+    return {
+        where
+        for members in servers([one for one in instances if one["node"] == host])
+        if len(members) > 1 and f"llamacpp-{server_name(members[0])}" in running
+        for one in members
+        for where in one["memory"]
+    }
+
+
 def server_name(instance: dict[str, Any]) -> str:
     """Return the name of the server that runs a model; models that take turns share one, named after one of them."""
     return min([instance["name"], *(instance.get("turns") or [])])
@@ -189,12 +200,23 @@ def model_view(instance: dict[str, Any], lock: dict[str, Any], alone: bool = Tru
     return {
         "model": instance["model"],
         "mode": instance["mode"],
-        "server_options": {**instance["server_options"], **projector(model, library, root)},
+        "server_options": {**_under(root, instance["server_options"]), **projector(model, library, root)},
         "volume": volume,
         "model_file": library["path"] if library else model["files"][0]["name"],
         "library": library["library"] if library else None,
         "files": [] if library else [transfer(file) for file in model["files"]],
     }
+
+
+def _under(root: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Return options whose paths in C(/models), a model's own volume, lie where that volume is mounted."""
+
+    def moved(value: Any) -> Any:
+        if isinstance(value, list):
+            return [moved(one) for one in value]
+        return re.sub("^/models/", f"{root}/", value) if isinstance(value, str) else value
+
+    return {name: moved(value) for name, value in options.items()}
 
 
 def projector(model: dict[str, Any], library: dict[str, str] | None, root: str = "/models") -> dict[str, str]:
@@ -243,16 +265,18 @@ def _on(host: str, declaration: dict[str, Any], lock: dict[str, Any]) -> list[di
 
 def _llamacpp(declaration: dict[str, Any], lock: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Yield the gateway's deployments of llama-server."""
-    for one in started(declaration, lock):
-        yield {
-            "name": one["model"],
-            "engine": "llamacpp",
-            "model": one["model"],
-            "api_base": f"http://{lab_module.address(declaration['nodes'][one['node']], one['node'])}:{one['port']}",
-            "mode": one["mode"],
-            "api_key_env": "LLAMACPP_API_KEY",
-            "id": one["name"],
-        }
+    for members in servers(started(declaration, lock)):
+        host, port = members[0]["node"], members[0]["port"]
+        for one in members:
+            yield {
+                "name": one["model"],
+                "engine": "llamacpp",
+                "model": one["model"],
+                "api_base": f"http://{lab_module.address(declaration['nodes'][host], host)}:{port}",
+                "mode": one["mode"],
+                "api_key_env": "LLAMACPP_API_KEY",
+                "id": one["name"],
+            }
 
 
 def _ollama(declaration: dict[str, Any], catalogue: dict[str, Any]) -> Iterator[dict[str, Any]]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pytest
 from ansible_collections.homelab.inference.plugins.module_utils import gguf
+from ansible_collections.homelab.inference.plugins.module_utils.memory.calibration import fingerprint
 from ansible_collections.homelab.inference.plugins.module_utils.memory.compute import compute, unknown
 from ansible_collections.homelab.inference.plugins.plugin_utils import lab, planning
 
@@ -52,14 +53,12 @@ def sizes(shape, options, known=None):
 def test_what_a_start_took_stands_in_for_the_bound(starts):
     closer = 0
     for name, (shape, answer) in starts.items():
-        instance = {"name": "chat", "model": "chat", "mode": "chat", "node": "forge", "devices": ["card"]}
-        instance |= {"server_options": OPTIONS}
-        lock = {"instances": [instance], "models": {"chat": {"shape": shape}}}
         took = {"card": answer["gpu0"], "host": answer["host"]}
-        seen = {"chat": {"server_options": OPTIONS, "image_id": "sha256:1", "memory": took}}
+        seen = {"model": "chat", "devices": ["card"], "shape": fingerprint(shape), "server_options": OPTIONS}
+        seen |= {"image_id": "sha256:1", "memory": took}
         models = {"chat": lab.normal_model("chat", {"source": {"hf": "owner/name"}})}
         files = {"model": "chat", "files": [{"name": "chat.gguf", "size": 1}], "shape": shape}
-        resolved = planning.resolve(models, [files], {}, lock, seen)["chat"]
+        resolved = planning.resolve(models, [files], {}, None, {"chat": seen})["chat"]
 
         bound, known = sizes(shape, OPTIONS), sizes(shape, OPTIONS, resolved["calibration"])
         for place, there in (("card", "gpu0"), ("host", "host")):
@@ -68,12 +67,16 @@ def test_what_a_start_took_stands_in_for_the_bound(starts):
             assert known[place][0] == pytest.approx(measured, abs=1), (name, place)
             assert known[place][1] == "calibrated", (name, place)
         closer += bound["card"][0] > known["card"][0] + 1
-        # Of another number of slots, or another file, a start has told nothing.
-        other = {**OPTIONS, "parallel": 1}
-        assert sizes(shape, other, resolved["calibration"]) == sizes(shape, other)
+        # Of fewer tokens it says that they take no more, and something; of more of them, of another number of slots or
+        # of another file nothing.
+        fewer = {**OPTIONS, "ctx-size": 2048}
+        less = sizes(shape, fewer, resolved["calibration"])
+        for place, (size, _source) in less.items():
+            assert 0 < size <= min(known[place][0], sizes(shape, fewer)[place][0]), (name, place)
+        assert set(less) == set(bound)
+        for other in ({**OPTIONS, "parallel": 1}, {**OPTIONS, "ctx-size": 65536}):
+            assert sizes(shape, other, resolved["calibration"]) == sizes(shape, other)
         stranger = {**files, "shape": {**shape, "embedding_length": shape["embedding_length"] * 2}}
-        assert "calibration" not in planning.resolve(models, [stranger], {}, lock, seen)["chat"]
-        changed = {"chat": {**seen["chat"], "server_options": other}}
-        assert "calibration" not in planning.resolve(models, [files], {}, lock, changed)["chat"]
+        assert "calibration" not in planning.resolve(models, [stranger], {}, None, {"chat": seen})["chat"]
     print(f"{closer} of {len(starts)} bounds were more than 1 MiB above")
     assert closer

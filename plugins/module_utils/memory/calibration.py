@@ -84,8 +84,14 @@ def calibration(
 
 
 def fits(known: dict[str, Any], shape: dict[str, Any], options: dict[str, Any], devices: list[dict[str, Any]]) -> bool:
-    """Whether a calibration tells of this model with these options on so many devices."""
-    return bool(known["shape"] == fingerprint(shape) and known["class"] == kind_of(shape, options, devices))
+    """Whether a calibration tells of this model with these options on so many devices.
+
+    One of a single point tells nothing of more tokens than it was asked about.
+    """
+    if known["shape"] != fingerprint(shape) or known["class"] != kind_of(shape, options, devices):
+        return False
+    chosen, points = settings(options, shape), known["points"]
+    return len(points) > 1 or (chosen.ubatch <= points[0]["ubatch"] and chosen.cells <= points[0]["cells"])
 
 
 def corrected(known: dict[str, Any], place: str, chosen: Settings, said: dict[tuple[int, int], int], here: int) -> int:
@@ -93,6 +99,11 @@ def corrected(known: dict[str, Any], place: str, chosen: Settings, said: dict[tu
 
     :param said: what the rules say at each point, by C((ubatch, cells)).
     """
+    if len(known["points"]) == 1 and (chosen.ubatch, chosen.cells) not in said:
+        # Fewer tokens take no more; how much less is not known.
+        (point,) = known["points"]
+        seen = point["buffers"].get(place, {}).get("compute", 0)
+        return min(here, seen) if said[point["ubatch"], point["cells"]] > seen else seen
     errors = {
         (point["ubatch"], point["cells"]): point["buffers"].get(place, {}).get("compute", 0)
         - said[point["ubatch"], point["cells"]]

@@ -354,9 +354,26 @@ def test_turns_that_contradict_themselves_are_refused() -> None:
     bad = {**TURNS["models"][0], "server_options": {"port": 1}}
     with pytest.raises(LlamaServerError, match="chat of llamacpp-chat must not have port"):
         llama_server.check(instance(**{**TURNS, "models": [bad]}))
-    lines = {**TURNS["models"][0], "server_options": {"chat-template": "a\nmodel = /etc/shadow"}}
-    with pytest.raises(LlamaServerError, match="in several lines"):
-        llama_server.check(instance(**{**TURNS, "models": [lines]}))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"server_options": {"chat-template": "a\nmodel = /etc/shadow"}},
+        {"server_options": {"chat-template": "{# a comment #}"}},
+        {"server_options": {"lora": ["a", "b\nmlock = true"]}},
+        {"server_options": {"chat-template-kwargs": {"a": "b;c"}}},
+        {"server_options": {"override-kv": "--x"}},
+        {"model_file": "a #1.gguf"},
+        {"alias": "a]\n[b"},
+    ],
+)
+def test_what_a_preset_cannot_hold_is_refused_there_and_taken_alone(change):
+    model = {**TURNS["models"][0], **change}
+    with pytest.raises(LlamaServerError, match="cannot be given to a model that takes turns"):
+        llama_server.check(instance(**{**TURNS, "models": [model]}))
+    alone = {key: value for key, value in change.items() if key != "alias"}
+    llama_server.check(instance(**alone))
 
 
 def test_any_of_several_models_may_lock_memory() -> None:

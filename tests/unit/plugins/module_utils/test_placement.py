@@ -242,6 +242,14 @@ def test_the_port_of_models_that_take_turns_is_the_declared_one_and_stays() -> N
     before = [{**one, "port": 8099} for one in plan["instances"]]
     again = make({"one": on_demand(), "two": on_demand()}, small, gib=5, previous=before)
     assert {one["port"] for one in again["instances"]} == {8099}
+    # When there is room for both, the one that their server is named after keeps its port, or both would want it.
+    large = {"a": node(gpu(0, 16384), memory=2048)}
+    always = on_demand(keep="always")
+    apart = make({"two": always, "one": always}, large, gib=5, previous=before)
+    assert {one["name"]: (one["turns"], one["port"]) for one in apart["instances"]} == {
+        "two": ([], 8080),
+        "one": ([], 8099),
+    }
 
 
 def test_models_on_demand_take_turns_where_they_do_not_fit_together() -> None:

@@ -45,3 +45,10 @@ def test_what_is_ours_is_not_held_by_others() -> None:
     assert without_ours(facts, {"gpu0": 5000}, ["gpu0"])["devices"][0]["used_mib"] == 8000
     silent = {"devices": [gpu("gpu0", "A")], "memory_used_mib": None}
     assert without_ours(silent, {"gpu0": 1})["devices"][0]["used_mib"] is None
+
+
+def test_where_models_take_turns_the_lock_says_what_others_hold() -> None:
+    """Which of them is awake is not known, and a plan shall not change with it."""
+    facts = {"devices": [{"id": "gpu0", "used_mib": 14000}, {"id": "gpu1", "used_mib": 700}], "memory_used_mib": 3000}
+    seen = without_ours(facts, {"gpu0": 20000, "gpu1": 200, "host": 90}, [], {"gpu0": 10000, "host": 2900})
+    assert [device["used_mib"] for device in seen["devices"]] == [10000, 500] and seen["memory_used_mib"] == 2900

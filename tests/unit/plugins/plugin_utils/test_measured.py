@@ -14,7 +14,9 @@ MIB = 2**20
 
 def lock(**sizes: int) -> dict[str, Any]:
     parts = [{"where": "gpu0", "kind": kind, "bytes": mib * MIB, "source": "computed"} for kind, mib in sizes.items()]
-    return {"instances": [{"name": "chat", "node": "forge", "server_options": {"ctx-size": 1}, "parts": parts}]}
+    instance = {"name": "chat", "model": "chat", "node": "forge", "devices": ["gpu0"], "parts": parts}
+    models = {"chat": {"shape": {"architecture": "llama"}}}
+    return {"instances": [{**instance, "server_options": {"ctx-size": 1}}], "models": models}
 
 
 def answer(**sizes: float) -> dict[str, Any]:

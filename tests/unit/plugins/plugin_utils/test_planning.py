@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ansible_collections.homelab.inference.plugins.module_utils.memory.calibration import fingerprint
 from ansible_collections.homelab.inference.plugins.plugin_utils import lab, planning, views
 
 
@@ -61,11 +62,16 @@ def test_a_projector_and_a_draft_model_are_known_to_the_plan() -> None:
 def test_of_a_known_architecture_a_start_teaches_nothing() -> None:
     """What is computed is exact; a plan shall not change because servers run."""
     shape = {"architecture": "llama", "quant": "Q4_K_M", "block_count": 1}
-    instance = {"name": "chat", "model": "chat", "devices": [], "server_options": {"ctx-size": 512}}
-    lock = {"instances": [instance], "models": {"chat": {"shape": shape}}}
-    seen = {"chat": {"server_options": {"ctx-size": 512}, "image_id": "sha256:1", "memory": {"host": {"compute": 5}}}}
+    seen = {"model": "chat", "devices": [], "shape": fingerprint(shape), "server_options": {"ctx-size": 512}}
+    seen |= {"image_id": "sha256:1", "memory": {"host": {"compute": 5}}}
     files = {**answer("Q4_K_M"), "shape": shape}
     models = registry(hf="owner/name")
-    assert planning.resolve(models, [files], {}, lock, seen) == planning.resolve(models, [files], {}, lock)
-    # An old file beside the lock, or none, is no reason to fail.
-    assert planning.resolve(models, [files], {}, lock, {}) == planning.resolve(models, [files], {}, None, seen)
+    without = planning.resolve(models, [files], {}, None)
+    assert planning.resolve(models, [files], {}, None, {"chat": seen}) == without
+    # A file of an earlier version, one of somebody else or none at all is no reason to fail.
+    for other in ({}, {"chat": {"node": "forge", "took": {}}}, {"a": 1}, None):
+        assert planning.resolve(models, [files], {}, None, other) == without
+    strange = {**files, "shape": {**shape, "architecture": "of-tomorrow"}}
+    seen["shape"] = fingerprint(strange["shape"])
+    found = planning.resolve(models, [strange], {}, None, {"chat": seen})["chat"]
+    assert found["calibration"]["points"][0]["buffers"] == {"host": {"compute": 5 * 2**20}}

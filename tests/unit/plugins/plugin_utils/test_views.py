@@ -140,6 +140,35 @@ def test_models_that_take_turns_share_a_server() -> None:
     assert views.goes_away(derived, {"rig": ["llamacpp-chat", "llamacpp-code"]}) == {"rig": ["llamacpp-code"]}
 
 
+def test_a_path_in_a_models_volume_goes_with_it() -> None:
+    lock = taking_turns()
+    lock["instances"][1]["server_options"] = {"spec-draft-model": "/models/small.gguf", "lora": ["/models/a", "b"]}
+    ((server,),) = [views.views(DECLARATION, lock, CATALOGUE)["rig"]["inference_node"]["instances"]]
+    options = server["models"][1]["server_options"]
+    assert options["spec-draft-model"] == "/models/model-code/small.gguf"
+    assert options["lora"] == ["/models/model-code/a", "b"]
+    lock["instances"] = [{**lock["instances"][1], "turns": []}]
+    (alone,) = views.views(DECLARATION, lock, CATALOGUE)["rig"]["inference_node"]["instances"]
+    assert alone["server_options"]["spec-draft-model"] == "/models/small.gguf"
+
+
+def test_a_lock_with_a_port_for_each_of_them_is_served_behind_the_first() -> None:
+    """As versions before this one wrote them."""
+    lock = taking_turns()
+    lock["instances"][1]["port"] = 8081
+    derived = views.views(DECLARATION, lock, CATALOGUE)
+    assert derived["rig"]["inference_node"]["instances"][0]["port"] == 8080
+    assert {one["api_base"] for one in derived["nuc"]["litellm"]["deployments"]} == {"http://192.0.2.30:8080"}
+
+
+def test_where_models_take_turns_nobody_knows_what_is_ours() -> None:
+    instances = taking_turns()["instances"]
+    assert views.awake(instances, "rig", ["llamacpp-chat"]) == {"host"}
+    assert (
+        views.awake(instances, "rig", []) == set() and views.awake(instances[:1], "forge", ["llamacpp-chat"]) == set()
+    )
+
+
 def test_of_models_that_take_turns_the_largest_is_what_runs() -> None:
     instances = taking_turns()["instances"]
     assert views.planned_memory(instances, "rig", ["llamacpp-chat"]) == {"host": 300}
