@@ -4,19 +4,22 @@
 """The best plan there is, by an exact solver (HiGHS), and whether a plan keeps the rules.
 
 Every way in which a model may run is a yes or a no; nothing is left out beforehand, and nothing here is taken from the
-planner's search. What a way takes and what it is worth comes from the same two tables that the planner uses.
+planner's search. What a way takes and what it is worth comes from the same two tables that the planner uses: of memory
+the quick number or the full prediction, whichever is more.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import highspy
 import numpy
-from ansible_collections.homelab.inference.plugins.module_utils.planner.choices import Choice, choices
+from ansible_collections.homelab.inference.plugins.module_utils.memory.predict import totals
+from ansible_collections.homelab.inference.plugins.module_utils.planner.choices import Choice, Ways, choices
 from ansible_collections.homelab.inference.plugins.module_utils.planner.footprint import Footprints
+from ansible_collections.homelab.inference.plugins.module_utils.planner.problem import Problem
 from ansible_collections.homelab.inference.plugins.module_utils.planner.room import Room
 from fleets import Fleet
 
@@ -44,7 +47,9 @@ class Program:
         self.columns = 0
         self.whole: list[bool] = []
         self.ways: list[Way] = []
+        self.free = self.room.free()
         footprints = Footprints()
+        problem = Problem(fleet.models, fleet.resolved, fleet.nodes, [], False, Ways())
         for name, model in fleet.models.items():
             allowed = model["nodes"] or [
                 host
@@ -53,7 +58,12 @@ class Program:
             ]
             for host in allowed:
                 for choice in choices(model, fleet.resolved[name], host, self.room, footprints):
-                    self.ways.append(Way(name, host, choice, self.column(True)))
+                    # What a plan picks is predicted in full, and has to fit with that, too.
+                    full = totals(problem.parts(name, choice))
+                    most = {where: max(size, choice.memory.get(where, 0)) for where, size in full.items()}
+                    needs = self.room.needs(host, {**choice.memory, **most})
+                    if all(size <= self.free[number] for number, size in needs):
+                        self.ways.append(Way(name, host, replace(choice, needs=needs), self.column(True)))
         for name, model in fleet.models.items():
             self.rules(name, model)
         self.memory()

@@ -20,7 +20,7 @@ from ansible_collections.homelab.inference.plugins.module_utils.memory.host impo
 from ansible_collections.homelab.inference.plugins.module_utils.memory.layers import HOST, layer_devices
 from ansible_collections.homelab.inference.plugins.module_utils.memory.options import settings
 from ansible_collections.homelab.inference.plugins.module_utils.memory.predict import predict
-from ansible_collections.homelab.inference.plugins.module_utils.memory.weights import weights
+from ansible_collections.homelab.inference.plugins.module_utils.memory.weights import repacked, weights
 
 MIB = 2**20
 # What a prediction may look at of a device; two cards that agree in it are alike.
@@ -62,6 +62,7 @@ class Footprints:
         self._rests: dict[Any, tuple[int, int]] = {}
         self._layouts: dict[Any, list[tuple[int, int]]] = {}
         self._kinds: dict[int, str] = {}
+        self._orders: dict[Any, bool] = {}
         # Shapes are told apart by identity while a plan is made; keeping them keeps the numbers from being used again.
         self._shapes: list[dict[str, Any]] = []
 
@@ -185,6 +186,14 @@ class Footprints:
             )
         return self._kinds[id(shape)]
 
+    def _reorders(self, shape: dict[str, Any], widest: dict[str, Any], devices: list[dict[str, Any]]) -> bool:
+        """Return whether the processor keeps weights in another order than the file."""
+        key = (id(shape), len(devices), str(widest["n-gpu-layers"]), widest.get("n-cpu-moe"), widest["repack"])
+        if key not in self._orders:
+            self._shapes.append(shape)
+            self._orders[key] = repacked(shape, widest, devices) > 0
+        return self._orders[key]
+
     def _rest_key(
         self,
         shape: dict[str, Any],
@@ -199,6 +208,8 @@ class Footprints:
             backend,
             len(devices) if learned else min(len(devices), FEW),
             tuple(str(value) for name, value in widest.items() if name != "tensor-split"),
+            # Where weights are kept in another order the kernel needs room to read ahead.
+            self._reorders(shape, widest, devices),
             learned and tuple(device["id"] for device in devices),
             learned,
         )
