@@ -23,7 +23,7 @@ MIB = 1 << 20
 # One of each kind in turn.
 KINDS = ("llama", "qwen3moe", "gemma3", "qwen2", "qwen3next", "qwen3", "qwen3moe", "llama-tied", "qwen3moe")
 QUANTS = {"F16": 16.0, "Q8_0": 8.5, "Q4_K_M": 4.9, "Q4_0": 4.6}  # bits of a weight
-LEAST_MIB, MOST_MIB = 40, 400
+LEAST_MIB, MOST_MIB = 120, 600
 LEAST_CONTEXT, MOST_CONTEXT = 1024, 8192
 # How large weights are about. What a token says of itself outweighs what layers add: else all tokens look alike after
 # the first layer, and routers send them all to the same few experts.
