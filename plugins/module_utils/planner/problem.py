@@ -25,7 +25,7 @@ from ansible_collections.homelab.inference.plugins.module_utils.planner.choices 
 from ansible_collections.homelab.inference.plugins.module_utils.planner.files import in_place
 from ansible_collections.homelab.inference.plugins.module_utils.planner.footprint import CLASS, MIB, parts
 from ansible_collections.homelab.inference.plugins.module_utils.planner.room import HOST, Room, backend
-from ansible_collections.homelab.inference.plugins.module_utils.planner.search import Item, Option, Search
+from ansible_collections.homelab.inference.plugins.module_utils.planner.search import WHOLE_ITEMS, Item, Option, Search
 
 # What a server has to win by moving, as a part of the registry's mean priority.
 MOVE = 0.01
@@ -332,18 +332,29 @@ class Problem:
         return search
 
     def _searched(self, items: list[Item]) -> Search:
-        """Return the best answer of those that began with what runs now, with nothing, and with the last servers."""
+        """Return the best answer of those that began with what runs now, with nothing, and with each model in turn."""
         best: Search | None = None
         nothing: list[Option | None] = [None] * len(items)
-        starts = [(self.incumbent(items, self.previous), False)] if self.previous else []
-        starts += [(nothing, False), (nothing, True)]
-        # In a large lab the first is all that there is time for.
-        for start, backwards in starts if self.fine else starts[:1]:
+        units = sorted({item.unit for item in items})
+        starts: list[tuple[list[Option | None], int | None]] = []
+        if self.previous:
+            starts.append((self.incumbent(items, self.previous), None))
+        starts.append((nothing, None))
+        if len(items) <= WHOLE_ITEMS:
+            starts += [(nothing, unit) for unit in units]
+        elif self.fine:
+            starts.append((nothing, units[-1]))
+        else:
+            # In a large lab the first is all that there is time for.
+            del starts[1:]
+        for start, unit in starts:
             search = Search(items, self.room.free(), self._kinds, APART, TIES)
-            search.run(start, backwards)
+            search.run(start, unit)
             self._refine(search)
             if best is None or search.total() > best.total():
                 best = search
+        best.exhaust()
+        self._refine(best)
         return best
 
     def _refine(self, search: Search) -> None:

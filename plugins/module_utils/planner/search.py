@@ -17,7 +17,7 @@ from typing import Any
 
 # Steps of branch and bound: over everything, over each small set, over one neighbourhood; up to so many servers the
 # first two are tried, above it the last.
-WHOLE_STEPS, SET_STEPS, PART_STEPS, WHOLE_ITEMS = 60000, 1000, 200, 10
+WHOLE_STEPS, SET_STEPS, PART_STEPS, WHOLE_ITEMS = 25000, 1000, 200, 10
 # Servers that are moved about together, and steps that all neighbourhoods may take together.
 NEIGHBOURS, ALL_PARTS_STEPS = 6, 20000
 LARGEST_SET, ALL_SETS_STEPS = 4, 60000
@@ -69,6 +69,7 @@ class Search:
         self.kinds = kinds
         self.apart = apart
         self.grain = grain
+        self.few = len(items) <= WHOLE_ITEMS
         self.turns = any(option.group for item in items for option in item.options)
         self.room = list(free)
         self.free = list(free)
@@ -219,27 +220,35 @@ class Search:
                 self.place(number, option)
         return tree.steps
 
-    def begin(self, start: list[Option | None], backwards: bool = False) -> None:
-        """Take C(start) as far as it fits, and give the others what is left; C(backwards) the last ones first."""
+    def begin(self, start: list[Option | None], unit: int | None = None) -> None:
+        """Take C(start) as far as it fits, and give the others what is left, the servers of C(unit) first."""
         order = list(range(len(self.items)))
         for number in order:
             option = start[number]
             if option is not None and self.allowed(number) and self.fits(self.items[number], option):
                 self.place(number, option)
-        order.sort(key=lambda number: (not self.items[number].first, -number if backwards else number))
+        order.sort(key=lambda number: (self.items[number].unit != unit, not self.items[number].first, number))
         self.fill(order)
 
-    def run(self, start: list[Option | None], backwards: bool = False) -> None:
-        """Find a good answer, beginning with C(start)."""
-        order = list(range(len(self.items)))
-        self.begin(start, backwards)
-        if len(self.items) > WHOLE_ITEMS:
+    def run(self, start: list[Option | None], unit: int | None = None) -> None:
+        """Find a good answer, beginning with C(start) and then with the servers of C(unit)."""
+        self.begin(start, unit)
+        if self.few:
+            self._together()
+        else:
             self._neighbourhoods()
-            return
-        self._together()
-        by_worth = sorted(order, key=lambda number: (-self.items[number].best, number))
-        by_worth.sort(key=lambda number: not self.items[number].first)
-        self.improve(by_worth, WHOLE_STEPS, self.grain)
+
+    def exhaust(self) -> None:
+        """Look through everything, as far as the steps go, where servers are few.
+
+        Once from the servers that are worth least: what they need decides what is left for the others, and the tree is
+        often small that way. Once from those that are worth most.
+        """
+        if self.few:
+            for sign in (1, -1):
+                order = sorted(range(len(self.items)), key=lambda number: (sign * self.items[number].best, number))
+                order.sort(key=lambda number: not self.items[number].first)
+                self.improve(order, WHOLE_STEPS, self.grain)
 
     def make_way(self, model: str) -> None:
         """Move others about, and give them less, so that the servers of one model find room."""

@@ -9,6 +9,7 @@ import pytest
 from ansible_collections.homelab.inference.plugins.module_utils.memory.host import (
     DEVICE_OVERHEAD_MIB,
     host,
+    with_arrivals,
     with_read_ahead,
     with_uploads,
 )
@@ -134,6 +135,24 @@ def test_a_tensor_on_its_way_to_another_process_is_held_once_more():
     ]
     assert with_uploads(parts, shape(), "emulated")[0]["bytes"] == 6 * MIB  # the output, 8 MiB
     assert with_uploads(parts, shape(), "cuda") == parts
+
+
+def test_a_tensor_that_arrives_counts_where_it_is_more_than_what_comes_later():
+    cards = [{"id": f"gpu{number}", "vendor": "emulated", "memory_mib": 1024} for number in range(2)]
+    parts = [{"where": card["id"], "kind": "overhead", "bytes": 18 * MIB, "source": "bound"} for card in cards]
+    parts += [{"where": card["id"], "kind": "kv", "bytes": 2 * MIB, "source": "computed"} for card in cards]
+    both = {**OPTIONS, "n-gpu-layers": "all", "tensor-split": [1, 2]}
+
+    def overheads(given, backend="emulated", **more):
+        found = with_arrivals(parts, shape(**more), {**both, **given}, cards, backend)
+        return [part["bytes"] // MIB for part in found if part["kind"] == "overhead"]
+
+    # A third of 10 MiB of feed-forward on the first, the output of 8 MiB on the last; 2 MiB of caches come later.
+    assert overheads({}) == [18 + 1, 18 + 6]
+    assert overheads({}, output_bytes=MIB, tied_output=True) == [18 + 1, 18 + 6]
+    assert overheads({}, expert_bytes=[30 * MIB] * 2) == [18 + 18, 18 + 18]
+    assert overheads({"n-cpu-moe": 1}, expert_bytes=[30 * MIB] * 2) == [18 + 1, 18 + 18]
+    assert overheads({}, "cuda") == [18, 18]
 
 
 def test_reordered_weights_leave_room_to_read_ahead():
