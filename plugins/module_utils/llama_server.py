@@ -10,6 +10,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from ansible_collections.homelab.inference.plugins.module_utils.probe import TURNS
+
 MODELS = "/models"
 API_KEY = "/run/secrets/llama-api-key"
 # What a server whose models take turns is told of them. The container writes it itself, so that nothing outside it has
@@ -164,7 +166,7 @@ def several(instance: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def mode(instance: Mapping[str, Any]) -> str:
     """How its health is asked for (probe.py)."""
-    return "turns" if several(instance) else instance["mode"]
+    return TURNS if several(instance) else instance["mode"]
 
 
 def preset(instance: Mapping[str, Any]) -> str:

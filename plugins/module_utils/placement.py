@@ -121,7 +121,7 @@ def write(problem: Problem, search: Search) -> list[dict[str, Any]]:
     for members in groups.values():
         for one in members:
             one["turns"] = [other["name"] for other in members if other is not one]
-    _ports(instances, problem, list(groups.values()))
+    _ports(instances, problem)
     return instances
 
 
@@ -157,52 +157,57 @@ class _Names:
         return name
 
 
-def _ports(instances: list[dict[str, Any]], problem: Problem, groups: list[list[dict[str, Any]]]) -> None:
+def server_name(instance: dict[str, Any]) -> str:
+    """Return the name of the server that runs a model; models that take turns share one, named after one of them."""
+    return min([instance["name"], *(instance.get("turns") or [])])
+
+
+def servers(instances: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Return the models of each server: one, or several that take turns."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for instance in instances:
+        found.setdefault(server_name(instance), []).append(instance)
+    return list(found.values())
+
+
+def _ports(instances: list[dict[str, Any]], problem: Problem) -> None:
     """Give every server its port: the declared one, the one it had, else the first free one.
 
     Models that take turns are behind one port, that of the first of them that has one.
     """
-    # Of models that took turns the one keeps the port that their server was named after (views.server_name).
-    had = {
-        (one["name"], one["node"]): one["port"]
-        for one in problem.previous
-        if one["name"] == min([one["name"], *(one.get("turns") or [])])
-    }
+    # Of models that took turns the one keeps the port that their server was named after.
+    had = {(one["name"], one["node"]): one["port"] for one in problem.previous if one["name"] == server_name(one)}
     taken = {host: set(node.get("ports", [])) for host, node in problem.nodes.items()}
-    sharing = {id(one): members for members in groups for one in members}
-    servers = [sharing.get(id(one), [one]) for one in instances]
-    servers = [members for one, members in zip(instances, servers) if one is members[0]]
-    for members in servers:
-        wishes = [problem.models[one["model"]]["port"] for one in members]
-        wishes += [had.get((one["name"], one["node"])) for one in members]
+    without = []
+    for members in servers(instances):
         host = members[0]["node"]
+        wishes = [problem.models[one["model"]]["port"] for one in members]
+        wishes += [had.get((one["name"], host)) for one in members]
         port = next((port for port in wishes if port and port not in taken[host]), None)
         if port:
-            taken[host].add(port)
-        for one in members:
-            one["port"] = port
-    for members in servers:
-        host = members[0]["node"]
-        if members[0]["port"] is None:
-            port = next(port for port in itertools.count(FIRST_PORT) if port not in taken[host])
-            taken[host].add(port)
-            for one in members:
-                one["port"] = port
+            _listen(members, port, taken)
+        else:
+            without.append(members)
+    for members in without:
+        there = taken[members[0]["node"]]
+        _listen(members, next(port for port in itertools.count(FIRST_PORT) if port not in there), taken)
+
+
+def _listen(members: list[dict[str, Any]], port: int, taken: dict[str, set[int]]) -> None:
+    taken[members[0]["node"]].add(port)
+    for one in members:
+        one["port"] = port
 
 
 def _planned(instances: list[dict[str, Any]], problem: Problem) -> list[int]:
-    """Return what the servers take of each bin; those that take turns as much as the largest of them."""
+    """Return what the servers take of each bin; of models that take turns the largest counts."""
     room = problem.room
     taken = [0] * len(room.names)
-    groups: dict[Any, dict[int, int]] = {}
-    for one in instances:
-        for number, size in room.needs(one["node"], one["memory"]):
-            if one["turns"]:
-                held = groups.setdefault((one["node"], tuple(one["devices"])), {})
+    for members in servers(instances):
+        held: dict[int, int] = {}
+        for one in members:
+            for number, size in room.needs(one["node"], one["memory"]):
                 held[number] = max(held.get(number, 0), size)
-            else:
-                taken[number] += size
-    for held in groups.values():
         for number, size in held.items():
             taken[number] += size
     return taken

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from ansible_collections.homelab.inference.plugins.module_utils.placement import server_name, servers
+from ansible_collections.homelab.inference.plugins.module_utils.probe import TURNS
 from ansible_collections.homelab.inference.plugins.module_utils.registry import pinned
 from ansible_collections.homelab.inference.plugins.plugin_utils import lab as lab_module
 
@@ -122,19 +124,6 @@ def awake(instances: list[dict[str, Any]], host: str, running: list[str]) -> set
         for one in members
         for where in one["memory"]
     }
-
-
-def server_name(instance: dict[str, Any]) -> str:
-    """Return the name of the server that runs a model; models that take turns share one, named after one of them."""
-    return min([instance["name"], *(instance.get("turns") or [])])
-
-
-def servers(instances: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """Return the models of each server of one node: one, or several that take turns."""
-    found: dict[str, list[dict[str, Any]]] = {}
-    for instance in instances:
-        found.setdefault(server_name(instance), []).append(instance)
-    return list(found.values())
 
 
 def declared(declaration: dict[str, Any]) -> dict[str, Any]:
@@ -341,7 +330,7 @@ def endpoints(declaration: dict[str, Any], lock: dict[str, Any], catalogue: dict
         instance = members[0]
         node = declaration["nodes"][instance["node"]]
         url = f"http://{lab_module.address(node, instance['node'])}:{instance['port']}"
-        mode = "turns" if len(members) > 1 else instance["mode"]
+        mode = TURNS if len(members) > 1 else instance["mode"]
         found.append(endpoint(server_name(instance), tier(node), url, "llamacpp", mode))
     entry = gateway(declaration, lock, catalogue)
     if entry:

@@ -31,6 +31,7 @@ from ansible_collections.homelab.inference.plugins.module_utils.memory.predict i
 sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
 import synthetic
 
+# The real thing beside the emulated GPUs of the other tests: it needs a card, and a build that no package here has.
 pytestmark = [
     pytest.mark.skipif(shutil.which("nvidia-smi") is None, reason="no NVIDIA GPU: nvidia-smi is not there"),
     pytest.mark.skipif("LLAMA_SERVER" not in os.environ, reason="LLAMA_SERVER does not name a CUDA build"),
