@@ -32,8 +32,8 @@ DEVICE_OVERHEAD_MIB = {
     "vulkan": 300,  # likewise
     "sycl": 300,  # likewise
     "metal": 512,  # Ollama's value
-    # Measured with ggml-rpc-server of 0.7.0: 3.3 of its own, 5.8 of mapped program, up to 8 to work in.
-    "emulated": 18,
+    # Measured with ggml-rpc-server of 0.7.0: 3.3 of its own, 5.8 of mapped program. The rest: with_device_process.
+    "emulated": 9,
     "cpu": 0,
 }
 # MiB of main memory that the libraries of a backend keep in each process, beside the server's own.
@@ -57,6 +57,8 @@ MERGE_BYTES = 132
 READ_AHEAD_SHARE, LEAST_READ_AHEAD_MIB = 50, 2
 # Blocks up to this size stay in the heap of the GNU C library (DEFAULT_MMAP_THRESHOLD_MAX).
 HEAP_MIB = 32
+# The most that the process behind an emulated device was seen to work in, beside the buffer it was asked for.
+WORK_MIB = 8
 # Bytes for each node of a graph, in the tables that a server fills with zeroes: a graph's own, of which it holds two
 # (measured: 423 each), and the scheduler's. How many nodes there may be follows llama_context::graph_max_nodes of
 # llama.cpp 0.5.0: (for each token of a batch, for each tensor), and never fewer than 1024.
@@ -133,38 +135,49 @@ def with_uploads(parts: list[dict[str, Any]], shape: dict[str, Any], backend: st
     ]
 
 
-def with_arrivals(
+def with_device_process(
     parts: list[dict[str, Any]],
     shape: dict[str, Any],
     options: dict[str, Any],
     devices: list[dict[str, Any]],
     backend: str,
 ) -> list[dict[str, Any]]:
-    """Return the parts with the tensor that the process behind an emulated device has received and not yet put away.
+    """Return the parts with what the process behind an emulated device works in, and with what is arriving there.
 
-    It comes before caches and buffers are touched, so what is larger than those counts. (Measured: a device of 163 MiB
-    for 123 MiB of weights with a large table was killed while it loaded.)
+    It brings the rows that it multiplies into the weights' type: at most two of the four bytes of each, of rows that
+    the compute buffer holds twice. A tensor is held twice until it is put away. The output comes first, then layer by
+    layer, and caches and buffers after all of them; so the most is held with the output twice, or with all weights and
+    one of a layer's tensors once more. (Measured: a device of 163 MiB for 123 MiB of weights with a large table was
+    killed while it loaded; one with an output of 51 MiB among 70 took 86 MiB.)
     """
     if backend != "emulated" or not devices:
         return parts
     where, on_cpu = layer_devices(shape, options, devices), settings(options, shape).moe_on_cpu
-    largest: dict[str, int] = {}
+    last: dict[str, int] = {}
     for index, (place, experts) in enumerate(zip(where, shape["expert_bytes"])):
         ffn = [*shape.get("ffn_bytes", []), *[0] * (index + 1)][index]
-        size = max(experts * 2 // 3 if index >= on_cpu else 0, -(-ffn // 3))
-        largest[place] = max(largest.get(place, 0), size)
-    output = max(shape["output_bytes"], shape.get("embedding_bytes", 0) if shape["tied_output"] else 0)
-    largest[where[-1]] = max(largest.get(where[-1], 0), output)
-    later: dict[str, int] = {}
-    for part in parts:
-        if part["kind"] in ("kv", "recurrent", "compute"):
-            later[part["where"]] = later.get(part["where"], 0) + part["bytes"]
+        last[place] = max(last.get(place, 0), experts * 2 // 3 if index >= on_cpu else 0, -(-ffn // 3))
+    first = {where[-1]: 2 * max(shape["output_bytes"], shape.get("embedding_bytes", 0) if shape["tied_output"] else 0)}
+    loaded = _sums(parts, "weights")
+    computing = _sums(parts, "compute")
+    later = _sums(parts, "kv", "recurrent", "compute")
+
+    def more(place: str) -> int:
+        there, work = loaded.get(place, 0), min(computing.get(place, 0) // 2, WORK_MIB * MIB)
+        return work + max(0, max(there + last.get(place, 0), first.get(place, 0)) - there - later.get(place, 0))
+
     return [
-        {**part, "bytes": part["bytes"] + max(0, largest.get(part["where"], 0) - later.get(part["where"], 0))}
-        if part["kind"] == "overhead"
-        else part
-        for part in parts
+        {**part, "bytes": part["bytes"] + more(part["where"])} if part["kind"] == "overhead" else part for part in parts
     ]
+
+
+def _sums(parts: list[dict[str, Any]], *kinds: str) -> dict[str, int]:
+    """Return the bytes of parts of these kinds, by place."""
+    found: dict[str, int] = {}
+    for part in parts:
+        if part["kind"] in kinds:
+            found[part["where"]] = found.get(part["where"], 0) + part["bytes"]
+    return found
 
 
 def with_page_tables(parts: list[dict[str, Any]]) -> list[dict[str, Any]]:

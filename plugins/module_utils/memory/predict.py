@@ -14,7 +14,7 @@ from ansible_collections.homelab.inference.plugins.module_utils.memory.compute i
 from ansible_collections.homelab.inference.plugins.module_utils.memory.host import (
     host,
     vocabulary,
-    with_arrivals,
+    with_device_process,
     with_page_tables,
     with_read_ahead,
     with_uploads,
@@ -64,7 +64,7 @@ def predict(
         found += _projector(projector, options, devices)
     if draft:
         found += _draft(draft, options, devices, backend)
-    found = with_arrivals(with_uploads(found, shape, backend), shape, options, devices, backend)
+    found = with_device_process(with_uploads(found, shape, backend), shape, options, devices, backend)
     return with_read_ahead(with_page_tables(found))
 
 

@@ -9,7 +9,7 @@ import pytest
 from ansible_collections.homelab.inference.plugins.module_utils.memory.host import (
     DEVICE_OVERHEAD_MIB,
     host,
-    with_arrivals,
+    with_device_process,
     with_read_ahead,
     with_uploads,
 )
@@ -140,18 +140,21 @@ def test_a_tensor_on_its_way_to_another_process_is_held_once_more():
 def test_a_tensor_that_arrives_counts_where_it_is_more_than_what_comes_later():
     cards = [{"id": f"gpu{number}", "vendor": "emulated", "memory_mib": 1024} for number in range(2)]
     parts = [{"where": card["id"], "kind": "overhead", "bytes": 18 * MIB, "source": "bound"} for card in cards]
-    parts += [{"where": card["id"], "kind": "kv", "bytes": 2 * MIB, "source": "computed"} for card in cards]
+    for kind, size in (("weights", 9), ("kv", 1), ("compute", 1)):
+        parts += [{"where": card["id"], "kind": kind, "bytes": size * MIB, "source": "computed"} for card in cards]
     both = {**OPTIONS, "n-gpu-layers": "all", "tensor-split": [1, 2]}
 
     def overheads(given, backend="emulated", **more):
-        found = with_arrivals(parts, shape(**more), {**both, **given}, cards, backend)
-        return [part["bytes"] // MIB for part in found if part["kind"] == "overhead"]
+        found = with_device_process(parts, shape(**more), {**both, **given}, cards, backend)
+        return [part["bytes"] / MIB // 0.5 * 0.5 for part in found if part["kind"] == "overhead"]
 
-    # A third of 10 MiB of feed-forward on the first, the output of 8 MiB on the last; 2 MiB of caches come later.
-    assert overheads({}) == [18 + 1, 18 + 6]
-    assert overheads({}, output_bytes=MIB, tied_output=True) == [18 + 1, 18 + 6]
-    assert overheads({}, expert_bytes=[30 * MIB] * 2) == [18 + 18, 18 + 18]
-    assert overheads({"n-cpu-moe": 1}, expert_bytes=[30 * MIB] * 2) == [18 + 1, 18 + 18]
+    # A third of 10 MiB of feed-forward once more, of which 2 MiB are there for caches later; and half a MiB to work in.
+    assert overheads({}) == [19.5, 23.5]
+    # The output comes first: twice 8 MiB, where all weights are 9.
+    assert overheads({}, expert_bytes=[30 * MIB] * 2) == [36.5, 36.5]
+    assert overheads({"n-cpu-moe": 1}, expert_bytes=[30 * MIB] * 2) == [19.5, 36.5]
+    assert overheads({}, output_bytes=7 * MIB) == [19.5, 21.5]
+    assert overheads({}, output_bytes=MIB, tied_output=True) == [19.5, 23.5]
     assert overheads({}, "cuda") == [18, 18]
 
 
