@@ -126,7 +126,7 @@ def with_uploads(parts: list[dict[str, Any]], shape: dict[str, Any], backend: st
         *(size * 2 // 3 for size in shape["expert_bytes"]),
         *(-(-size // 3) for size in shape.get("ffn_bytes", [])),
     )
-    later = sum(part["bytes"] for part in parts if part["where"] == HOST and part["kind"] in ("compute", "output"))
+    later = _sums(parts, "compute", "output").get(HOST, 0)
     return [
         {**part, "bytes": part["bytes"] + max(largest - later, min(largest, HEAP_MIB * MIB) // 2)}
         if part["where"] == HOST and part["kind"] == "base"
