@@ -121,8 +121,26 @@ def write(problem: Problem, search: Search) -> list[dict[str, Any]]:
     for members in groups.values():
         for one in members:
             one["turns"] = [other["name"] for other in members if other is not one]
+    _stage_once(instances)
     _ports(instances, problem)
     return instances
+
+
+def _stage_once(instances: list[dict[str, Any]]) -> None:
+    """Leave the room to load into a device with the server that needs most of it: they start one after the other."""
+    needing: dict[tuple[str, str], list[tuple[int, dict[str, Any]]]] = {}
+    for instance in instances:
+        for part in instance["parts"]:
+            # Those that take turns load whenever they are asked.
+            if part["kind"] == "staging" and not instance["turns"]:
+                needing.setdefault((instance["node"], part["where"]), []).append((part["bytes"], instance))
+    for (_node, where), found in needing.items():
+        found.sort(key=lambda one: -one[0])
+        for _bytes, instance in found[1:]:
+            instance["parts"] = [
+                part for part in instance["parts"] if (part["kind"], part["where"]) != ("staging", where)
+            ]
+            instance["memory"] = totals(instance["parts"])
 
 
 def _in_order(problem: Problem, search: Search) -> list[tuple[Item, Option]]:

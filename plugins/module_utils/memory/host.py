@@ -142,7 +142,7 @@ def with_device_process(
     devices: list[dict[str, Any]],
     backend: str,
 ) -> list[dict[str, Any]]:
-    """Return the parts with what the process behind an emulated device works in, and with what is arriving there.
+    """Return the parts with what the process behind an emulated device works in, and of kind staging what arrives there.
 
     It brings the rows that it multiplies into the weights' type: at most two of the four bytes of each, of rows that
     the compute buffer holds twice. A tensor is held twice until it is put away. The output comes first, then layer by
@@ -162,12 +162,16 @@ def with_device_process(
     computing = _sums(parts, "compute")
     later = _sums(parts, "kv", "recurrent", "compute")
 
-    def more(place: str) -> int:
-        there, work = loaded.get(place, 0), min(computing.get(place, 0) // 2, WORK_MIB * MIB)
-        return work + max(0, max(there + last.get(place, 0), first.get(place, 0)) - there - later.get(place, 0))
+    def work(place: str) -> int:
+        return min(computing.get(place, 0) // 2, WORK_MIB * MIB)
+
+    def arriving(place: str) -> int:
+        there = loaded.get(place, 0)
+        return max(0, max(there + last.get(place, 0), first.get(place, 0)) - there - later.get(place, 0))
 
     return [
-        {**part, "bytes": part["bytes"] + more(part["where"])} if part["kind"] == "overhead" else part for part in parts
+        *({**one, "bytes": one["bytes"] + work(one["where"])} if one["kind"] == "overhead" else one for one in parts),
+        *(_part(place, "staging", arriving(place), "bound") for place in loaded if arriving(place) and place != HOST),
     ]
 
 

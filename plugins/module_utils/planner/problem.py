@@ -244,14 +244,43 @@ class Problem:
             items = self.items()
             best = self._searched(items)
             if self.previous:
-                kept = Search(items, self.room.free(), self._kinds, APART, TIES)
-                kept.begin(self.incumbent(items, self.previous))
+                kept = self._kept(items)
                 self._refine(kept)
                 if not self._worth_it(kept, best):
                     best = kept
             if not self._corrected(best):
                 break
         return best
+
+    def _kept(self, items: list[Item]) -> Search:
+        """Return a search with every server where it is.
+
+        Where one has no room any more it goes elsewhere, or the others make room where they are if that is worth more.
+        """
+        before = self.incumbent(items, self.previous)
+        kept = Search(items, self.room.free(), self._kinds, APART, TIES)
+        kept.begin(before)
+        if any(option is not None and option is not now for option, now in zip(before, kept.answer)):
+            bound = [item if option is None else self._bound(item, option) for item, option in zip(items, before)]
+            there = Search(bound, self.room.free(), self._kinds, APART, TIES)
+            there.run(before)
+            closer = Search(items, self.room.free(), self._kinds, APART, TIES)
+            closer.begin(there.answer)
+            kept = max(kept, closer, key=Search.total)
+        return kept
+
+    def _bound(self, item: Item, option: Option) -> Item:
+        """Return a server that may run on the devices of C(option) alone."""
+        choices = self.choices[item.model]
+        place = choices[option.number].place
+        return replace(
+            item,
+            options=[
+                one
+                for one in item.options
+                if one.host == place.host and choices[one.number].place.devices == place.devices
+            ],
+        )
 
     def _worth_it(self, kept: Search, best: Search) -> bool:
         if sum(option is None for option in best.answer) < sum(option is None for option in kept.answer):

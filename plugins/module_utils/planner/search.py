@@ -242,11 +242,11 @@ class Search:
         """Look through everything, as far as the steps go, where servers are few.
 
         Once from the servers that are worth least: what they need decides what is left for the others, and the tree is
-        often small that way. Once from those that are worth most.
+        often small that way. Once from those that need most: they have the fewest places.
         """
         if self.few:
-            for sign in (1, -1):
-                order = sorted(range(len(self.items)), key=lambda number: (sign * self.items[number].best, number))
+            for measure in (_worth_at_best, _size_at_best):
+                order = sorted(range(len(self.items)), key=lambda number: (measure(self.items[number]), number))
                 order.sort(key=lambda number: not self.items[number].first)
                 self.improve(order, WHOLE_STEPS, self.grain)
 
@@ -328,6 +328,14 @@ class Search:
         return option.score if option else 0
 
 
+def _worth_at_best(item: Item) -> int:
+    return item.best
+
+
+def _size_at_best(item: Item) -> int:
+    return -sum(size for _bin, size in item.options[0].needs) if item.options else 0
+
+
 class _Tree:
     """Depth-first branch and bound over some servers.
 
@@ -347,6 +355,15 @@ class _Tree:
         self.options = [
             [option for option in search.items[number].options if search.fits(search.items[number], option)]
             for number in numbers
+        ]
+        # Of each server the others of its model that come after it: they run on other nodes.
+        self.later = [
+            [
+                later
+                for later in range(index + 1, len(numbers))
+                if search.items[numbers[later]].model == search.items[number].model
+            ]
+            for index, number in enumerate(numbers)
         ]
         self.prices: dict[int, int] = self._prices() if len(numbers) > 3 else {}
         self.ranked = [self._ranked(options) for options in self.options]
@@ -369,7 +386,11 @@ class _Tree:
         best, lowest, pace, since = dict(prices), float("inf"), 1.0, 0
         plain = [
             [
-                (float(option.score), [(n, s) for n, s in option.needs if n in prices] if option.group is None else [])
+                (
+                    float(option.score),
+                    option.host,
+                    [(n, s) for n, s in option.needs if n in prices] if option.group is None else [],
+                )
                 for option in options
             ]
             for options in self.options
@@ -378,18 +399,23 @@ class _Tree:
         for _round in range(PRICE_ROUNDS):
             total = sum(price * free[number] for number, price in prices.items())
             over = {number: -free[number] for number in scarce}
-            for options in plain:
-                most, taken = 0.0, None
-                for score, needs in options:
+            elsewhere: list[set[str]] = [set() for _index in self.numbers]
+            for index, options in enumerate(plain):
+                most, taken, home = 0.0, None, None
+                for score, host, needs in options:
                     if score <= most:
                         break
+                    if host in elsewhere[index]:
+                        continue
                     for number, size in needs:
                         score -= prices[number] * size
                     if score > most:
-                        most, taken = score, needs
+                        most, taken, home = score, needs, host
                 total += most
                 for number, size in taken or ():
                     over[number] += size
+                for later in self.later[index] if home else ():
+                    elsewhere[later].add(home)
             since += 1
             if total < lowest:
                 lowest, best, since = total, dict(prices), 0
@@ -435,6 +461,7 @@ class _Tree:
         heads = list(heads)
         sold = sum(price * search.free[number] for number, price in self.prices.items())
         rest = 0
+        elsewhere: list[set[str]] = [set() for _index in numbers]
         for index in range(depth, len(numbers)):
             item = search.items[numbers[index]]
             ranked = self.ranked[index]
@@ -442,8 +469,13 @@ class _Tree:
             while head < end and not search.fits(item, ranked[head][1]):
                 head += 1
             heads[index] = head
-            if index > depth and head < end and ranked[head][0] > 0:
-                rest += ranked[head][0]
+            if index > depth:
+                while head < end and (ranked[head][1].host in elsewhere[index] or not search.fits(item, ranked[head][1])):
+                    head += 1
+                if head < end and ranked[head][0] > 0:
+                    rest += ranked[head][0]
+                    for later in self.later[index]:
+                        elsewhere[later].add(ranked[head][1].host)
         number = numbers[depth]
         item = search.items[number]
         if search.allowed(number):

@@ -193,6 +193,36 @@ def test_a_server_stays_on_its_card_when_another_becomes_emptier() -> None:
     assert {one["name"]: one["devices"] for one in make(models, nodes, previous=first)["instances"]} == where
 
 
+def test_servers_make_room_where_they_are_before_one_of_them_leaves_the_gpu() -> None:
+    nodes = {"a": node(gpu(0, 13800), gpu(1, 16384)), "b": node(gpu(0, 16384))}
+    small = {"context": [16384, 8192], "slots": 1, "priority": 1, "nodes": ["a"]}
+    models = {"large": {"context": 8192, "nodes": ["b"]}, **dict.fromkeys(("one", "two", "three", "four"), small)}
+    first = make(models, nodes)["instances"]
+    where = {one["name"]: one["devices"] for one in first}
+    assert sorted(where.values()) == [["gpu0"]] * 3 + [["gpu1"]] * 2
+    # Enough for two with less context, and not for one with more and one with less; and a plan that is worth little
+    # more as a whole does not take the place of the one in force.
+    crowded = {**nodes, "a": node(gpu(0, 13800), {**gpu(1, 16384), "used_mib": 4500})}
+    second = make(models, crowded, previous=first)["instances"]
+    assert {one["name"]: one["devices"] for one in second} == where
+    assert sorted(one["quality"] for one in second) == [0.98, 0.98, 1.0, 1.0, 1.0]
+
+
+def test_of_the_servers_on_an_emulated_gpu_one_loads_at_a_time() -> None:
+    models = {name: {"context": 4096, "slots": 1} for name in ("one", "two", "three")}
+    registry, resolved = inputs(models)
+    for file in resolved.values():
+        output = 3 * 2**30
+        layer = (file["shape"]["weights_bytes"] - output - file["shape"]["input_bytes"]) // 32
+        file["shape"].update(output_bytes=output, block_bytes=[layer] * 32)
+    plan = placement.plan(registry, resolved, {"a": node(gpu(0, 65536, "emulated"))}, [])
+    taken = [one["memory"]["gpu0"] for one in plan["instances"]]
+    (staging,) = [part for one in plan["instances"] for part in one["parts"] if part["kind"] == "staging"]
+    assert staging["bytes"] > 2**30
+    assert taken[0] - taken[1] in (staging["bytes"] // MIB, staging["bytes"] // MIB + 1) and taken[1] == taken[2]
+    assert plan["devices"]["a"]["gpu0"]["planned_mib"] == sum(taken)
+
+
 def test_a_file_that_lies_on_the_node_is_used_there() -> None:
     size = 4 * 2**30
     entry = {

@@ -144,18 +144,22 @@ def test_a_tensor_that_arrives_counts_where_it_is_more_than_what_comes_later():
         parts += [{"where": card["id"], "kind": kind, "bytes": size * MIB, "source": "computed"} for card in cards]
     both = {**OPTIONS, "n-gpu-layers": "all", "tensor-split": [1, 2]}
 
-    def overheads(given, backend="emulated", **more):
+    def taken(given, backend="emulated", **more):
         found = with_device_process(parts, shape(**more), {**both, **given}, cards, backend)
-        return [part["bytes"] / MIB // 0.5 * 0.5 for part in found if part["kind"] == "overhead"]
+        return [
+            [part["bytes"] / MIB // 0.5 * 0.5 for part in found if (part["kind"], part["where"]) == (kind, card["id"])]
+            for kind in ("overhead", "staging")
+            for card in cards
+        ]
 
-    # A third of 10 MiB of feed-forward once more, of which 2 MiB are there for caches later; and half a MiB to work in.
-    assert overheads({}) == [19.5, 23.5]
+    # Half a MiB to work in; and a third of 10 MiB of feed-forward once more, of which 2 MiB are there for caches later.
+    assert taken({}) == [[18.5], [18.5], [1.0], [5.0]]
     # The output comes first: twice 8 MiB, where all weights are 9.
-    assert overheads({}, expert_bytes=[30 * MIB] * 2) == [36.5, 36.5]
-    assert overheads({"n-cpu-moe": 1}, expert_bytes=[30 * MIB] * 2) == [19.5, 36.5]
-    assert overheads({}, output_bytes=7 * MIB) == [19.5, 21.5]
-    assert overheads({}, output_bytes=MIB, tied_output=True) == [19.5, 23.5]
-    assert overheads({}, "cuda") == [18, 18]
+    assert taken({}, expert_bytes=[30 * MIB] * 2) == [[18.5], [18.5], [18.0], [18.0]]
+    assert taken({"n-cpu-moe": 1}, expert_bytes=[30 * MIB] * 2) == [[18.5], [18.5], [1.0], [18.0]]
+    assert taken({}, output_bytes=7 * MIB) == [[18.5], [18.5], [1.0], [3.0]]
+    assert taken({}, output_bytes=MIB, tied_output=True) == [[18.5], [18.5], [1.0], [5.0]]
+    assert taken({}, "cuda") == [[18.0], [18.0], [], []]
 
 
 def test_reordered_weights_leave_room_to_read_ahead():
