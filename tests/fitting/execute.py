@@ -19,12 +19,13 @@ import json
 import os
 import re
 import secrets
+import signal
 import subprocess
 import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -97,13 +98,27 @@ class Container:
             *("--cap-drop", "ALL", "--security-opt", "no-new-privileges", "--read-only", "--tmpfs", "/tmp"),
             *arguments,
         )
-        found = json.loads(docker("inspect", name))[0]
-        self.group = CGROUPS / found["Id"]
-        self.address = next(iter(found["NetworkSettings"]["Networks"].values()))["IPAddress"]
+        self.group, self.address = self._where()
         self.samples: list[float] = []
         self.killed = False
         self.pages: dict[tuple[int, int], numpy.ndarray] = {}  # those seen, by process and address
         self.read = 0
+
+    def _where(self) -> tuple[Path, str]:
+        found = json.loads(docker("inspect", self.name))[0]
+        return CGROUPS / found["Id"], next(iter(found["NetworkSettings"]["Networks"].values()))["IPAddress"]
+
+    def restart(self) -> None:
+        """Start it again; its address may be another then."""
+        docker("restart", "--time", "0", self.name)
+        self.group, self.address = self._where()
+
+    def end(self, words: str) -> None:
+        """End the process with these words in its command line, for good: another one takes its place."""
+        for process in self.processes():
+            with contextlib.suppress(OSError):
+                if words in Path(f"/proc/{process}/cmdline").read_text():
+                    os.kill(process, signal.SIGKILL)
 
     def state(self) -> dict[str, Any]:
         return json.loads(docker("inspect", "--format", "{{json .State}}", self.name))
@@ -234,7 +249,9 @@ class Execution:
                 if not self._start(instance):
                     return self.outcome
             self._ask()
-            self._measure()
+            self._measure(self._servers())
+            self._again()
+            self._measure(self.devices.items())
             return self.outcome
         finally:
             self._over.set()
@@ -257,7 +274,8 @@ class Execution:
             if not users:
                 continue
             ports = [str(FIRST_ENDPOINT + index) for index in range(len(users))]
-            script = "for port; do ggml-rpc-server --host 0.0.0.0 --port $port --threads 1 & done; wait; sleep infinity"
+            serve = "while :; do ggml-rpc-server --host 0.0.0.0 --port $port --threads 1; done"
+            script = f"for port; do ({serve}) & done; wait"
             container = Container(
                 f"{self.prefix}-{node}-{device}",
                 self._limit(planned),
@@ -303,7 +321,7 @@ class Execution:
         )
         with self._lock:
             self.servers[name] = container
-        if not self._wait(lambda: _answers(f"http://{container.address}:{PORT}/health")):
+        if not self._wait(functools.partial(_healthy, container)):
             if not self._fallen():
                 self.outcome.problems.append(f"{name} was not healthy within {READY_SECONDS:.0f} s")
             return False
@@ -380,15 +398,28 @@ class Execution:
             f"{found['content']!r}"
         )
 
-    def _measure(self) -> None:
+    def _again(self) -> None:
+        """Start those again that take more of a GPU while they load: at first the others were not there yet."""
         for instance in self.registry.instances:
-            container = self.servers[instance["name"]]
-            self.outcome.taken[instance["name"], "host"] = container.taken()
-        for key, container in self.devices.items():
-            # It reads no model: the kernel's own mark of the most that was in use is exact.
-            with contextlib.suppress(OSError):
-                most = int((container.group / "memory.max_usage_in_bytes").read_text())
-                container.samples.append((most - _numbers(container.group / "memory.stat")["cache"]) / MIB)
+            if any(part["kind"] == "staging" for part in instance["parts"]) and not self._fallen():
+                container = self.servers[instance["name"]]
+                for device in instance["devices"]:
+                    users = self._users(instance["node"], device)
+                    gpu = self.devices[instance["node"], device]
+                    # The process behind an emulated GPU ends with the connection, and with it what it has kept.
+                    gpu.end(f"--port\0{FIRST_ENDPOINT + users.index(instance['name'])}\0")
+                    self._wait(functools.partial(_listens, gpu, len(users)))
+                container.restart()
+                if not self._wait(functools.partial(_healthy, container)) and not self._fallen():
+                    self.outcome.problems.append(f"{instance['name']} was not healthy again")
+
+    def _measure(self, containers: Iterable[tuple[tuple[str, str], Container]]) -> None:
+        for key, container in containers:
+            if key in self.devices:
+                # It reads no model: the kernel's own mark of the most that was in use is exact.
+                with contextlib.suppress(OSError):
+                    most = int((container.group / "memory.max_usage_in_bytes").read_text())
+                    container.samples.append((most - _numbers(container.group / "memory.stat")["cache"]) / MIB)
             self.outcome.taken[key] = container.taken()
 
     def _look(self) -> None:
@@ -404,10 +435,15 @@ class Execution:
 
     def _containers(self) -> Iterator[tuple[tuple[str, str], Container]]:
         with self._lock:
-            servers, devices = dict(self.servers), dict(self.devices)
+            devices = dict(self.devices)
+        yield from self._servers()
+        yield from devices.items()
+
+    def _servers(self) -> Iterator[tuple[tuple[str, str], Container]]:
+        with self._lock:
+            servers = dict(self.servers)
         for name, container in servers.items():
             yield (name, "host"), container
-        yield from devices.items()
 
     def _sample(self) -> None:
         for number in itertools.count():
@@ -419,7 +455,8 @@ class Execution:
                     container.look()
 
 
-def _answers(url: str) -> bool:
+def _healthy(container: Container) -> bool:
+    url = f"http://{container.address}:{PORT}/health"
     with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=5) as answer:
         return bool(answer.status == 200)
     return False

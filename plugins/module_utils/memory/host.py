@@ -142,7 +142,7 @@ def with_device_process(
     devices: list[dict[str, Any]],
     backend: str,
 ) -> list[dict[str, Any]]:
-    """Return the parts with what the process behind an emulated device works in, and of kind staging what arrives there.
+    """Return the parts with what the process behind an emulated device works in, and what arrives there (staging).
 
     It brings the rows that it multiplies into the weights' type: at most two of the four bytes of each, of rows that
     the compute buffer holds twice. A tensor is held twice until it is put away. The output comes first, then layer by

@@ -470,7 +470,9 @@ class _Tree:
                 head += 1
             heads[index] = head
             if index > depth:
-                while head < end and (ranked[head][1].host in elsewhere[index] or not search.fits(item, ranked[head][1])):
+                while head < end and (
+                    ranked[head][1].host in elsewhere[index] or not search.fits(item, ranked[head][1])
+                ):
                     head += 1
                 if head < end and ranked[head][0] > 0:
                     rest += ranked[head][0]
