@@ -44,8 +44,13 @@ def serve(name, folder, *options):
     where = ["--network", "none", "-v", f"{folder}:/models:ro", "--entrypoint", "llama-server", IMAGE]
     what = ["-m", "/models/chat.gguf", "--port", "8080", "--parallel", "1", "--fit", "off", "--device", "none"]
     docker("run", "-d", "--name", name, *where, *what, *options)
+    wait_until_it_serves(name)
+
+
+def wait_until_it_serves(name):
     asked = ["docker", "exec", name, "curl", "-sf", "localhost:8080/health"]
-    for _attempt in range(100):
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
         if subprocess.run(asked, capture_output=True, check=False).returncode == 0:
             return
         time.sleep(0.2)
@@ -74,7 +79,7 @@ def test_what_the_server_took_is_read_from_its_last_start(folder):
     serve(name, folder, "--ctx-size", "4096", "--verbosity", "4")
     docker("stop", "-t", "2", name)
     docker("start", name)
-    time.sleep(3)
+    wait_until_it_serves(name)
     answer = ask(name)
     assert answer["changed"] is False and answer["problems"] == []
     found = answer["servers"][name]
