@@ -5,6 +5,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +15,23 @@ import yaml
 from ansible.errors import AnsibleActionFail, AnsibleError
 from ansible.module_utils.parsing.convert_bool import boolean
 from ansible.plugins.action import ActionBase
-from ansible_collections.homelab.inference.plugins.plugin_utils import drift, lab, lock, measured, schema, views
+from ansible.utils.display import Display
+from ansible_collections.homelab.inference.plugins.plugin_utils import (
+    drift,
+    exclusive,
+    generations,
+    lab,
+    lock,
+    measured,
+    schema,
+    views,
+)
 
 COLLECTION = Path(__file__).resolve().parents[2]
 # What else of a host's variables the views need; everything below lab_ and node_ is the declaration itself.
 CONNECTION_WORDS = ("ansible_host", "ansible_port", "ansible_connection")
+# Seconds between two looks at whether another run has ended, and between two sentences about it.
+LOOK, SAY = 2, 60
 
 
 class ActionModule(ActionBase):
@@ -28,7 +43,14 @@ class ActionModule(ActionBase):
     def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
         """Return declaration, views, lock and warnings; fail with all problems at once."""
         result = super().run(tmp, task_vars)
-        _valid, args = self.validate_argument_spec(argument_spec={"lock": {"type": "dict"}})
+        _valid, args = self.validate_argument_spec(
+            argument_spec={
+                "lock": {"type": "dict"},
+                "exclusive": {"type": "str"},
+                "patience": {"type": "int", "default": 3600},
+                "seal": {"type": "bool", "default": False},
+            }
+        )
         hostvars = task_vars["hostvars"]
         declaration = lab.collect({host: self.words(hostvars, host) for host in hostvars}, dict(task_vars["groups"]))
         problems, warnings = lab.validate(declaration)
@@ -40,6 +62,15 @@ class ActionModule(ActionBase):
             )
         catalogue = schema.load("catalogue.yml")
         path = self.lock_path(declaration, hostvars)
+        home = generations.origin(path)
+        if args["exclusive"] and not self._task.check_mode:
+            self.alone(exclusive.path(home), args["exclusive"], args["patience"])
+            newest = generations.newest(generations.directory(home))
+            if path != home and newest and newest.name != path.parent.resolve().name:
+                raise AnsibleActionFail(
+                    f"{args['exclusive']} was given generation {path.parent.resolve().name}, and {newest.name} was "
+                    "deployed meanwhile; nothing was touched. Run it again."
+                )
         known = args["lock"] or (lock.parse(path.read_text(encoding="utf-8"), str(path)) if path.exists() else None)
         declared, images = views.declared(declaration), self.images(hostvars)
         stale = (
@@ -81,6 +112,7 @@ class ActionModule(ActionBase):
             lock_file=str(path),
             measured_file=str(measured_file),
             taken=seen,
+            reports=str(home.with_name(home.name.removesuffix(".lock.yml") + ".reports")),
             inventory_dir=str(self.inventory_dir(hostvars)),
             stale=stale,
             secrets_missing=[name for name in lab.GENERATED_SECRETS if not declaration["secrets"].get(name)],
@@ -96,13 +128,66 @@ class ActionModule(ActionBase):
             result["measured"] = {"text": measured.render(found), "sentences": sentences}
         if not stale:
             result["views"] = views.views(declaration, known, catalogue)
+            result["servers"] = views.model_servers(declaration, known) if known else []
             result["endpoints"] = views.endpoints(declaration, known, catalogue) if known else []
             found = {host: self.made(hostvars, host) for host in hostvars}
             gone = views.goes_away(result["views"], found)
             there = sum(map(len, found.values()))
             result["goes_away"] = gone
+            result["rolling"] = views.rolling(result["views"], {host: self.kept(hostvars, host) for host in hostvars})
             result["most_goes_away"] = sum(map(len, gone.values())) * 2 > there
+            if args["seal"] and known and not self._task.check_mode:
+                result["generation"] = self.seal(path, hostvars, dict(task_vars["groups"]), known)
         return result
+
+    @staticmethod
+    def alone(file: Path, what: str, patience: int) -> None:
+        """Wait until no other run changes the lab, and say for whom."""
+        # The process of ansible-playbook: this is a worker of it.
+        pid, began, said = os.getppid(), time.monotonic(), -float(SAY)
+        while holder := exclusive.take(file, what, pid):
+            waited = time.monotonic() - began
+            who = f"{holder['what']} (process {holder['pid']}, since {holder['since']})"
+            if waited >= patience:
+                raise AnsibleActionFail(
+                    f"{what} was not started: {who} has been changing the lab for longer than {patience} s. "
+                    "Wait for it, or end that process; the lab is free then."
+                )
+            if waited - said >= SAY:
+                said = waited
+                Display().display(f"waiting for {who}, which changes the lab")
+            time.sleep(LOOK)
+
+    def seal(self, path: Path, hostvars: Any, groups: dict[str, list[str]], known: dict[str, Any]) -> int:
+        """Keep declaration and lock as they are deployed now; return the number of the generation."""
+        words = {
+            host: {
+                **self.words(hostvars, host),
+                **{
+                    name: hostvars[host][name]
+                    for name in (*generations.CONNECTION, *views.IMAGE_VARIABLES)
+                    if name in hostvars.raw_get(host)
+                },
+            }
+            for host in hostvars
+        }
+        home = generations.directory(path)
+        try:
+            return generations.seal(
+                home, generations.inventory(words, groups, views.IMAGE_VARIABLES), known, self.version()
+            )
+        except OSError as error:
+            raise AnsibleActionFail(
+                f"Keeping the declaration in {home} failed: {error}. Recovery works from there; nothing was touched."
+            ) from error
+
+    @staticmethod
+    def version() -> str:
+        """Return the version of this collection; installed, it has a manifest, in a checkout none."""
+        manifest = COLLECTION / "MANIFEST.json"
+        if manifest.exists():
+            return str(json.loads(manifest.read_text(encoding="utf-8"))["collection_info"]["version"])
+        return str(yaml.safe_load((COLLECTION / "galaxy.yml").read_text(encoding="utf-8"))["version"])
 
     def words(self, hostvars: Any, host: str) -> dict[str, Any]:
         """Return the host's variables that belong to the declaration, templated."""
@@ -168,6 +253,14 @@ class ActionModule(ActionBase):
             Path(file["path"]).name.removesuffix(".service")
             for file in (hostvars[host].get("__lab_made") or {}).get("files", [])
         ]
+
+    @staticmethod
+    def kept(hostvars: Any, host: str) -> dict[str, Any]:
+        """Return the slice that a host keeps from the last run, as site.yml read it; empty where there is none."""
+        try:
+            return dict(json.loads((hostvars[host].get("__lab_slice") or {}).get("stdout") or "{}"))
+        except ValueError:
+            return {}  # half written; it is written anew
 
     def images(self, hostvars: Any) -> dict[str, Any]:
         """Return the image variables: what the inventory says, else the roles' own defaults."""

@@ -23,6 +23,22 @@ options:
       - The lock to derive from. In check mode, where no file is written, this hands the plan to the plays that follow.
       - By default the file is read, if there is one.
     type: dict
+  exclusive:
+    description:
+      - What this run is called, for example C(site.yml). It waits until no other such run changes the lab, and says for
+        whom.
+      - The lab is free when the process of that run has ended, however it ended. In check mode nobody waits.
+    type: str
+  patience:
+    description: How long it waits for another run, in seconds.
+    type: int
+    default: 3600
+  seal:
+    description:
+      - Keep the declaration, without secrets, and the lock beside it as the newest of five generations. Recovery works
+        from there, whatever is edited meanwhile. Not in check mode.
+    type: bool
+    default: false
 notes:
   - Run it once per playbook, with C(run_once), and register the result.
 attributes:
@@ -96,6 +112,10 @@ measured:
     - That file as it is now, in C(text), and in C(sentences) which servers took something else than was planned.
   type: dict
   returned: when the playbook has asked the servers (C(__lab_taken))
+reports:
+  description: Directory in which recovery keeps its reports.
+  type: str
+  returned: success
 inventory_dir:
   description: Directory of the inventory; relative paths of model files start there.
   type: str
@@ -108,6 +128,12 @@ stale:
 views:
   description: Per host its roles and what each needs.
   type: dict
+  returned: when the lock fits the declaration, or there is none
+servers:
+  description:
+    - "Each model server: its name, host and unit, when it starts there, its models and GPUs, and its endpoint."
+  type: list
+  elements: dict
   returned: when the lock fits the declaration, or there is none
 endpoints:
   description: Everything whose health can be asked for, in the shape of M(homelab.inference.health_probe).
@@ -123,10 +149,20 @@ secrets_file:
   description: Path of the file that generated secrets are written to.
   type: str
   returned: success
+generation:
+  description: Number of the generation that was sealed, or that holds the same already.
+  type: int
+  returned: when O(seal) and there is a lock
 goes_away:
   description:
     - Per host what was made there earlier and is no longer wanted, as far as the playbook has looked (C(__lab_made)).
   type: dict
+  returned: when the lock fits the declaration, or there is none
+rolling:
+  description:
+    - Hosts on which model servers that run are changed or leave, as far as the playbook has looked (C(__lab_slice)).
+  type: list
+  elements: str
   returned: when the lock fits the declaration, or there is none
 most_goes_away:
   description: Whether that is more than half of all there is.

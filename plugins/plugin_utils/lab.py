@@ -9,6 +9,7 @@ Everything here is pure: dictionaries in, dictionaries and sentences out. What e
 from __future__ import annotations
 
 import ipaddress
+import os
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -27,6 +28,8 @@ RUN_WORDS = (
     "lab_plan_html",
     "lab_plan_json",
     "lab_remove_data",
+    "lab_restart",
+    "lab_restart_anyway",
     "lab_strict",
 )
 # Secrets that this collection makes itself when they are absent.
@@ -85,6 +88,8 @@ def collect(hostvars: dict[str, dict[str, Any]], groups: dict[str, list[str]]) -
                 problems.append(
                     f"{key} of host {host} differs from that of another host; the lab has one, write it below all."
                 )
+    if isinstance(lab.get("lab_models"), dict):
+        lab["lab_models"] = {name: _one_path(model) for name, model in lab["lab_models"].items()}
     return {
         "lab": lab,
         "nodes": nodes,
@@ -92,6 +97,14 @@ def collect(hostvars: dict[str, dict[str, Any]], groups: dict[str, list[str]]) -
         "secrets": secrets,
         "problems": sorted(set(problems)),
     }
+
+
+def _one_path(model: Any) -> Any:
+    """Return a model whose file has one spelling, as the lock keeps it."""
+    source = model.get("source") if isinstance(model, dict) else None
+    if not isinstance(source, dict) or not isinstance(source.get("file"), str) or not source["file"]:
+        return model
+    return {**model, "source": {**source, "file": os.path.normpath(source["file"])}}
 
 
 def address(node: dict[str, Any], host: str) -> str:

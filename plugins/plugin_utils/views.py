@@ -16,7 +16,11 @@ from ansible_collections.homelab.inference.plugins.module_utils.registry import 
 from ansible_collections.homelab.inference.plugins.plugin_utils import lab as lab_module
 
 # Role variables that name images; their defaults in the roles are the one place where an image is written down.
-IMAGE_VARIABLES = ("inference_node_images", "litellm_image")
+IMAGE_VARIABLES = ("inference_node_images", "haproxy_image", "litellm_image")
+# Where the gateway finds its model servers: role haproxy's container and port, and the network of both.
+BALANCER, NETWORK = "http://haproxy:8080", "homelab-inference"
+# The gateway's container, before which haproxy stands as well.
+GATEWAY = "litellm"
 DEFAULT_TIMEOUT_S = 8
 READY_TIMEOUT_S = 900
 # Where the controller keeps files of one node's library that another node needs: there is no way from node to node
@@ -49,7 +53,7 @@ def planned_images(declaration: dict[str, Any], images: dict[str, Any], instance
         if one["backend"] in images["inference_node_images"]
     ]
     if "node" in declaration["lab"].get("lab_services", {}).get("litellm", {}):
-        names.append(images["litellm_image"])
+        names += [images["haproxy_image"], images["litellm_image"]]
     return [mirrored(name, declaration["lab"].get("lab_registry_mirror")) for name in dict.fromkeys(names)]
 
 
@@ -252,20 +256,34 @@ def _on(host: str, declaration: dict[str, Any], lock: dict[str, Any]) -> list[di
     return [one for one in started(declaration, lock) if one["node"] == host]
 
 
-def _llamacpp(declaration: dict[str, Any], lock: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yield the gateway's deployments of llama-server."""
+def _balanced(declaration: dict[str, Any], lock: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return each model with its servers, as role haproxy takes them. Models that take turns have the same server."""
+    found: dict[str, list[dict[str, Any]]] = {}
     for members in servers(started(declaration, lock)):
-        host, port = members[0]["node"], members[0]["port"]
+        host = members[0]["node"]
+        server = {
+            "name": server_name(members[0]),
+            "address": lab_module.address(declaration["nodes"][host], host),
+            "port": members[0]["port"],
+        }
         for one in members:
-            yield {
-                "name": one["model"],
-                "engine": "llamacpp",
-                "model": one["model"],
-                "api_base": f"http://{lab_module.address(declaration['nodes'][host], host)}:{port}",
-                "mode": one["mode"],
-                "api_key_env": "LLAMACPP_API_KEY",
-                "id": one["name"],
-            }
+            found.setdefault(one["model"], []).append(server)
+    return [{"name": name, "servers": behind} for name, behind in found.items()]
+
+
+def _llamacpp(declaration: dict[str, Any], lock: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield the gateway's deployments of llama-server: one for each model, whose servers haproxy knows."""
+    modes = {one["model"]: one["mode"] for one in started(declaration, lock)}
+    for model in _balanced(declaration, lock):
+        yield {
+            "name": model["name"],
+            "engine": "llamacpp",
+            "model": model["name"],
+            "api_base": f"{BALANCER}/{model['name']}",
+            "mode": modes[model["name"]],
+            "api_key_env": "LLAMACPP_API_KEY",
+            "id": model["name"],
+        }
 
 
 def _ollama(declaration: dict[str, Any], catalogue: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -304,37 +322,66 @@ def gateway(declaration: dict[str, Any], lock: dict[str, Any], catalogue: dict[s
         "address": lab_module.address(declaration["nodes"][host], host),
         "port": {**catalogue["litellm"]["ports"], **entry.get("ports", {})}["http"],
         "image": image(lock["images"]["litellm_image"], declaration, lock),
+        "container": GATEWAY,
+        "network": NETWORK,
         "deployments": deployments,
         "fallbacks": {name: others for name, others in fallbacks.items() if others},
         "aliases": {category: names[0] for category, names in order.items() if category not in served},
     }
 
 
-def endpoints(declaration: dict[str, Any], lock: dict[str, Any], catalogue: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return everything whose health is asked for, in the shape of module health_probe."""
-    tiers = declaration["lab"].get("lab_tiers", {})
+def balancer(declaration: dict[str, Any], lock: dict[str, Any]) -> dict[str, Any]:
+    """Return what stands between the gateway and its model servers, as role haproxy takes it."""
+    return {
+        "image": image(lock["images"]["haproxy_image"], declaration, lock),
+        "network": NETWORK,
+        "models": _balanced(declaration, lock),
+    }
 
-    def endpoint(name: str, where: str, url: str, kind: str, mode: str = "chat") -> dict[str, Any]:
-        timeout = {key.upper(): entry for key, entry in tiers.items()}.get(where, {}).get("timeout", DEFAULT_TIMEOUT_S)
-        return {
-            "name": f"{where.lower()}/{name}",
-            "url": url,
-            "tier": where,
-            "timeout": timeout,
-            "kind": kind,
-            "mode": mode,
-        }
 
+def _endpoint(
+    declaration: dict[str, Any], name: str, where: str, url: str, kind: str, mode: str = "chat"
+) -> dict[str, Any]:
+    tiers = {key.upper(): entry for key, entry in declaration["lab"].get("lab_tiers", {}).items()}
+    return {
+        "name": f"{where.lower()}/{name}",
+        "url": url,
+        "tier": where,
+        "timeout": tiers.get(where, {}).get("timeout", DEFAULT_TIMEOUT_S),
+        "kind": kind,
+        "mode": mode,
+    }
+
+
+def model_servers(declaration: dict[str, Any], lock: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return each model server: its name, host and unit, when it starts there, its models, GPUs and endpoint."""
     found = []
     for members in servers(started(declaration, lock)):
-        instance = members[0]
-        node = declaration["nodes"][instance["node"]]
-        url = f"http://{lab_module.address(node, instance['node'])}:{instance['port']}"
-        mode = TURNS if len(members) > 1 else instance["mode"]
-        found.append(endpoint(server_name(instance), tier(node), url, "llamacpp", mode))
+        first, name, host = members[0], server_name(members[0]), members[0]["node"]
+        node = declaration["nodes"][host]
+        url = f"http://{lab_module.address(node, host)}:{first['port']}"
+        mode = TURNS if len(members) > 1 else first["mode"]
+        found.append(
+            {
+                "name": name,
+                "host": host,
+                "unit": f"llamacpp-{name}.service",
+                "start": min(one["start"] for one in members),
+                "models": [one["model"] for one in members],
+                "gpus": sorted({device for one in members for device in one["devices"]}),
+                "endpoint": _endpoint(declaration, name, tier(node), url, "llamacpp", mode),
+            }
+        )
+    return found
+
+
+def endpoints(declaration: dict[str, Any], lock: dict[str, Any], catalogue: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return everything whose health is asked for, in the shape of module health_probe."""
+    found = [server["endpoint"] for server in model_servers(declaration, lock)]
     entry = gateway(declaration, lock, catalogue)
     if entry:
-        found.append(endpoint("litellm", "GATEWAY", f"http://{entry['address']}:{entry['port']}", "litellm"))
+        url = f"http://{entry['address']}:{entry['port']}"
+        found.append(_endpoint(declaration, "litellm", "GATEWAY", url, "litellm"))
     return found
 
 
@@ -358,6 +405,8 @@ def views(
         ]
         if host in declaration["groups"]["inference"] and docker:
             roles.append("inference_node")
+        if "litellm" in roles:
+            roles.append("haproxy")
         if roles:
             roles.insert(0, "docker_host")
         instances = (
@@ -378,9 +427,26 @@ def views(
                 for one in instances
                 if "models" not in one  # which of them is awake changes by the minute
             ],
+            "haproxy": balancer(declaration, lock) if lock and gate and gate["host"] == host else None,
             "litellm": gate if gate and gate["host"] == host else None,
         }
     return result
+
+
+def rolling(derived: dict[str, dict[str, Any]], slices: dict[str, dict[str, Any]]) -> list[str]:
+    """Return the hosts on which servers that run are changed or leave, which is done one host at a time.
+
+    :param slices: per host the slice that it keeps from the last run.
+    """
+    found = []
+    for host, kept in slices.items():
+        wanted = {one["name"]: one for one in derived[host]["inference_node"]["instances"]}
+        for before in kept.get("instances", []):
+            now = wanted.get(before["name"])
+            if now is None or any(before.get(key) != value for key, value in now.items()):
+                found.append(host)
+                break
+    return found
 
 
 def goes_away(derived: dict[str, dict[str, Any]], found: dict[str, list[str]]) -> dict[str, list[str]]:

@@ -26,6 +26,7 @@ BOX = ROOT / ".cache" / "box"
 INVENTORY = ROOT / "inventories" / "box"
 NODES = {"hydrogen": "172.30.99.11", "helium": "172.30.99.12", "lithium": "172.30.99.13"}
 GATEWAY = f"http://{NODES['hydrogen']}:4000"
+LAB = yaml.safe_load((INVENTORY / "lab.yml").read_text(encoding="utf-8"))["all"]["vars"]
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +172,7 @@ def test_no_secret_is_seen_in_the_loudest_run(secrets: dict[str, str]) -> None:
 
 
 def test_servers_run_the_images_that_the_lock_names_by_digest(lock: dict[str, Any]) -> None:
-    assert len(lock["digests"]) == 2 and all(digest.startswith("sha256:") for digest in lock["digests"].values())
+    assert len(lock["digests"]) == 3 and all(digest.startswith("sha256:") for digest in lock["digests"].values())
     for node in NODES:
         images = on(
             node, "docker ps --filter label=homelab.inference.managed -q | xargs docker inspect -f '{{.Config.Image}}'"

@@ -9,7 +9,6 @@ found.
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import re
@@ -23,7 +22,6 @@ import pytest
 import yaml
 from test_answers import BOX, INVENTORY, NODES, ROOT, chat, on
 
-LAB = yaml.safe_load((INVENTORY / "lab.yml").read_text(encoding="utf-8"))["all"]["vars"]
 FOREIGN = "somebody-elses"
 BIN = ROOT / ".cache" / "venv" / "bin"
 
@@ -66,18 +64,8 @@ def started(node: str) -> dict[str, str]:
     return dict(line.strip("/").split() for line in lines)
 
 
-@pytest.fixture(scope="module")
-def models() -> dict[str, Any]:
-    """Return the box's registry, its paths filled in."""
-    found = copy.deepcopy(LAB["lab_models"])
-    for model in found.values():
-        if "file" in model["source"]:
-            model["source"]["file"] = str(BOX / "models" / Path(model["source"]["file"]).name)
-    return found
-
-
 @pytest.fixture(scope="module", autouse=True)
-def foreign(models: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def foreign(models: dict[str, Any], request: pytest.FixtureRequest) -> Iterator[dict[str, Any]]:
     """Let somebody else's container and daemon.json key be there from before the first run to after the last."""
     image = on(
         "helium",
@@ -87,8 +75,9 @@ def foreign(models: dict[str, Any]) -> Iterator[dict[str, Any]]:
     on("helium", "mkdir -p /srv/theirs && echo theirs > /srv/theirs/file")
     yield {"started": started("helium")[FOREIGN]}
     on("helium", f"docker rm -f {FOREIGN}; rm -rf /srv/theirs")
-    good(playbook("plan"))
-    good(playbook("site", "-e", "lab_confirm_removal=true"))
+    if request.session.testsfailed:
+        good(playbook("plan"))
+        good(playbook("site", "-e", "lab_confirm_removal=true"))
 
 
 def unharmed(foreign: dict[str, Any]) -> None:
@@ -103,6 +92,9 @@ def test_a_changed_declaration_is_not_deployed_by_surprise(models: dict[str, Any
     assert result.returncode == 2
     assert "models.code.context was 2048, is 1024" in result.stdout
     assert "Run plan.yml" in result.stdout
+    result = playbook("health", models=models)
+    assert result.returncode == 2
+    assert "was made for another declaration: models.code.context was 2048, is 1024. Run plan.yml" in result.stdout
     unharmed(foreign)
 
 
@@ -199,6 +191,7 @@ def test_the_lab_comes_off_and_leaves_what_it_did_not_make(models: dict[str, Any
         # What the box itself put there is no part of the lab.
         assert on(node, "ls /etc/homelab-inference 2>/dev/null | grep -v emulated-gpus.json || true") == ""
     unharmed(foreign)
+    assert not (BOX / "lab.generations").exists(), "recovery would bring it back"
     second = good(playbook("remove", models=models))
     assert changed(second) == set()
     foreseen = good(playbook("site", "--check", "--diff", models=models))

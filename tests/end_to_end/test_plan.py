@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 import yaml
-from test_answers import BOX, chat, on, secrets
-from test_changes import LAB, changed, good, playbook, started
+from test_answers import BOX, LAB, chat, on, secrets
+from test_changes import changed, good, playbook, started
 
 MEASURED = BOX / "lab.measured.json"
 __all__ = ["secrets"]  # a fixture

@@ -268,3 +268,14 @@ def test_fallbacks_follow_the_category_and_never_close_a_circle() -> None:
 )
 def test_sizes_round_up_to_whole_mib(size: str, expected: int) -> None:
     assert lab.mib(size) == expected
+
+
+def test_two_spellings_of_a_path_declare_the_same_model() -> None:
+    def models(path: object) -> object:
+        return lab.collect({"a": {"lab_models": {"chat": {"source": {"file": path}}}}}, {})["lab"]["lab_models"]
+
+    assert models("/labs/box/../../models/a.gguf") == models("/models/a.gguf")
+    assert models("/models/b.gguf") != models("/models/a.gguf")
+    # What is no path is for the validation to name.
+    assert models(7) == {"chat": {"source": {"file": 7}}}
+    assert lab.collect({"a": {"lab_models": ["chat"]}}, {})["lab"]["lab_models"] == ["chat"]

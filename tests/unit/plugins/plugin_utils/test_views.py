@@ -44,6 +44,7 @@ def instance(name: str, host: str, library: dict[str, str] | None) -> dict[str, 
         "backend": "cpu",
         "devices": [],
         "port": 8080,
+        "start": 1,
         "server_options": options,
         "memory": {"host": 100},
         "library": library,
@@ -53,7 +54,11 @@ def instance(name: str, host: str, library: dict[str, str] | None) -> dict[str, 
 LOCK: dict[str, Any] = {
     "lock_version": 1,
     "declared": views.declared(DECLARATION),
-    "images": {"inference_node_images": {"cpu": "ghcr.io/x/llama:1"}, "litellm_image": "ghcr.io/x/litellm:1"},
+    "images": {
+        "inference_node_images": {"cpu": "ghcr.io/x/llama:1"},
+        "haproxy_image": "docker.io/x/haproxy:1",
+        "litellm_image": "ghcr.io/x/litellm:1",
+    },
     "digests": {"192.0.2.1:5000/ghcr.io/x/llama:1": None, "192.0.2.1:5000/ghcr.io/x/litellm:1": "sha256:ab"},
     "nodes": {"forge": CPU, "rig": CPU},
     "models": {
@@ -74,7 +79,7 @@ LOCK: dict[str, Any] = {
 
 def test_roles_follow_groups_and_services() -> None:
     derived = views.views(DECLARATION, LOCK, CATALOGUE)
-    assert derived["nuc"]["roles"] == ["docker_host", "litellm"]
+    assert derived["nuc"]["roles"] == ["docker_host", "litellm", "haproxy"]
     assert derived["forge"]["roles"] == ["docker_host", "inference_node"]
     assert derived["rig"]["tier"] == "NAS"
     assert derived["nuc"]["docker_host"] == {"insecure_registries": ["192.0.2.1:5000"]}
@@ -129,11 +134,10 @@ def test_models_that_take_turns_share_a_server() -> None:
     # What the module takes, and nothing else: of a model the module wants no files.
     assert set(server["models"][1]) == {"alias", "mode", "server_options", "volume", "model_file"}
     # The gateway asks one address for both, by name; health asks once, and wakes nobody.
-    deployments = derived["nuc"]["litellm"]["deployments"]
-    assert {(one["name"], one["api_base"]) for one in deployments} == {
-        ("chat", "http://192.0.2.30:8080"),
-        ("code", "http://192.0.2.30:8080"),
-    }
+    assert [one["name"] for one in derived["nuc"]["litellm"]["deployments"]] == ["chat", "code"]
+    both = derived["nuc"]["haproxy"]["models"]
+    assert [one["name"] for one in both] == ["chat", "code"]
+    assert both[0]["servers"] == both[1]["servers"] == [{"name": "chat", "address": "192.0.2.30", "port": 8080}]
     asked = [one for one in views.endpoints(DECLARATION, lock, CATALOGUE) if one["kind"] == "llamacpp"]
     assert [(one["name"], one["mode"]) for one in asked] == [("nas/chat", "turns")]
     assert derived["rig"]["containers"] == []
@@ -158,7 +162,7 @@ def test_a_lock_with_a_port_for_each_of_them_is_served_behind_the_first() -> Non
     lock["instances"][1]["port"] = 8081
     derived = views.views(DECLARATION, lock, CATALOGUE)
     assert derived["rig"]["inference_node"]["instances"][0]["port"] == 8080
-    assert {one["api_base"] for one in derived["nuc"]["litellm"]["deployments"]} == {"http://192.0.2.30:8080"}
+    assert {one["port"] for model in derived["nuc"]["haproxy"]["models"] for one in model["servers"]} == {8080}
 
 
 def test_where_models_take_turns_nobody_knows_what_is_ours() -> None:
@@ -176,12 +180,23 @@ def test_of_models_that_take_turns_the_largest_is_what_runs() -> None:
 
 
 def test_the_gateway_knows_every_server_its_fallbacks_and_categories() -> None:
-    gateway = views.views(DECLARATION, LOCK, CATALOGUE)["nuc"]["litellm"]
+    derived = views.views(DECLARATION, LOCK, CATALOGUE)["nuc"]
+    gateway = derived["litellm"]
     assert [(one["name"], one["api_base"]) for one in gateway["deployments"]] == [
-        ("chat", "http://192.0.2.20:8080"),
-        ("chat", "http://192.0.2.30:8080"),
-        ("code", "http://192.0.2.30:8081"),
+        ("chat", "http://haproxy:8080/chat"),
+        ("code", "http://haproxy:8080/code"),
     ]
+    assert derived["haproxy"]["models"] == [
+        {
+            "name": "chat",
+            "servers": [
+                {"name": "chat", "address": "192.0.2.20", "port": 8080},
+                {"name": "chat-2", "address": "192.0.2.30", "port": 8080},
+            ],
+        },
+        {"name": "code", "servers": [{"name": "code", "address": "192.0.2.30", "port": 8081}]},
+    ]
+    assert gateway["network"] == derived["haproxy"]["network"]
     assert gateway["fallbacks"] == {"code": ["chat"]}
     # chat and code are models themselves: only fast needs another name.
     assert gateway["aliases"] == {"fast": "chat"}
@@ -193,7 +208,7 @@ def test_an_image_is_pulled_by_the_digest_that_the_plan_knows() -> None:
     known = {**LOCK, "digests": {"192.0.2.1:5000/ghcr.io/x/llama:1": "sha256:cd"}}
     (server,) = views.views(DECLARATION, known, CATALOGUE)["forge"]["inference_node"]["instances"]
     assert server["image"] == "192.0.2.1:5000/ghcr.io/x/llama@sha256:cd"
-    wanted = ["192.0.2.1:5000/ghcr.io/x/llama:1", "192.0.2.1:5000/ghcr.io/x/litellm:1"]
+    wanted = [f"192.0.2.1:5000/{name}:1" for name in ("ghcr.io/x/llama", "docker.io/x/haproxy", "ghcr.io/x/litellm")]
     assert views.planned_images(DECLARATION, LOCK["images"], LOCK["instances"]) == wanted
     asked = {"declaration": DECLARATION, "images": LOCK["images"], "lock": LOCK, "declared": {}}
     empty: dict[str, Any] = {
@@ -207,7 +222,7 @@ def test_an_image_is_pulled_by_the_digest_that_the_plan_knows() -> None:
     }
     plan = {"instances": LOCK["instances"], **empty}
     made = planning.make_lock(asked, {}, plan, {wanted[0]: "sha256:cd"})
-    assert made["digests"] == {wanted[0]: "sha256:cd", wanted[1]: "sha256:ab"}
+    assert made["digests"] == {wanted[0]: "sha256:cd", wanted[1]: None, wanted[2]: "sha256:ab"}
 
 
 def test_endpoints_have_tier_and_timeout() -> None:
