@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import time
@@ -22,6 +23,7 @@ from ansible_collections.homelab.inference.plugins.plugin_utils import (
     generations,
     lab,
     lock,
+    maintenance,
     measured,
     schema,
     views,
@@ -71,6 +73,7 @@ class ActionModule(ActionBase):
                     f"{args['exclusive']} was given generation {path.parent.resolve().name}, and {newest.name} was "
                     "deployed meanwhile; nothing was touched. Run it again."
                 )
+        resting = maintenance.read(maintenance.path(home), datetime.datetime.now(datetime.timezone.utc))
         known = args["lock"] or (lock.parse(path.read_text(encoding="utf-8"), str(path)) if path.exists() else None)
         declared, images = views.declared(declaration), self.images(hostvars)
         stale = (
@@ -112,6 +115,10 @@ class ActionModule(ActionBase):
             lock_file=str(path),
             measured_file=str(measured_file),
             taken=seen,
+            maintenance=resting,
+            maintenance_file=str(maintenance.path(home)),
+            generations=str(generations.directory(home)),
+            guests=views.guests(declaration),
             reports=str(home.with_name(home.name.removesuffix(".lock.yml") + ".reports")),
             inventory_dir=str(self.inventory_dir(hostvars)),
             stale=stale,
@@ -127,14 +134,23 @@ class ActionModule(ActionBase):
             found, sentences = measured.merge(seen, known, taken)
             result["measured"] = {"text": measured.render(found), "sentences": sentences}
         if not stale:
-            result["views"] = views.views(declaration, known, catalogue)
-            result["servers"] = views.model_servers(declaration, known) if known else []
-            result["endpoints"] = views.endpoints(declaration, known, catalogue) if known else []
+            result["views"] = views.views(declaration, known, catalogue, resting)
+            result["servers"] = views.model_servers(declaration, known, resting) if known else []
+            result["endpoints"] = views.endpoints(declaration, known, catalogue, resting) if known else []
             found = {host: self.made(hostvars, host) for host in hostvars}
             gone = views.goes_away(result["views"], found)
             there = sum(map(len, found.values()))
             result["goes_away"] = gone
-            result["rolling"] = views.rolling(result["views"], {host: self.kept(hostvars, host) for host in hostvars})
+            kept = {host: self.kept(hostvars, host) for host in hostvars if self.asked(hostvars, host)}
+            result["rolling"] = views.rolling(result["views"], kept)
+            result["owed"] = views.owed(result["views"], kept)
+            # Those that are changed while they serve come later; they answered.
+            later = list(task_vars["groups"].get("lab_rolling", []))
+            ready = {
+                name: [host for host in hostvars if self.noted(hostvars, host, name)] + later
+                for name in ("__lab_servers_up", "__lab_gateway_up")
+            }
+            result["given_up"] = views.given_up(result["views"], result["servers"], kept, gone, *ready.values())
             result["most_goes_away"] = sum(map(len, gone.values())) * 2 > there
             if args["seal"] and known and not self._task.check_mode:
                 result["generation"] = self.seal(path, hostvars, dict(task_vars["groups"]), known)
@@ -145,7 +161,7 @@ class ActionModule(ActionBase):
         """Wait until no other run changes the lab, and say for whom."""
         # The process of ansible-playbook: this is a worker of it.
         pid, began, said = os.getppid(), time.monotonic(), -float(SAY)
-        while holder := exclusive.take(file, what, pid):
+        while holder := ActionModule.holder(file, what, pid):
             waited = time.monotonic() - began
             who = f"{holder['what']} (process {holder['pid']}, since {holder['since']})"
             if waited >= patience:
@@ -158,16 +174,25 @@ class ActionModule(ActionBase):
                 Display().display(f"waiting for {who}, which changes the lab")
             time.sleep(LOOK)
 
+    @staticmethod
+    def holder(file: Path, what: str, pid: int) -> dict[str, Any] | None:
+        """Return who is changing the lab; nobody when the lab is ours now."""
+        try:
+            return exclusive.take(file, what, pid)
+        except OSError as error:
+            raise AnsibleActionFail(
+                f"Noting in {file} that {what} changes the lab failed: {error}. Let whoever runs it write there; "
+                "nothing was touched."
+            ) from error
+
     def seal(self, path: Path, hostvars: Any, groups: dict[str, list[str]], known: dict[str, Any]) -> int:
         """Keep declaration and lock as they are deployed now; return the number of the generation."""
         words = {
             host: {
                 **self.words(hostvars, host),
-                **{
-                    name: hostvars[host][name]
-                    for name in (*generations.CONNECTION, *views.IMAGE_VARIABLES)
-                    if name in hostvars.raw_get(host)
-                },
+                **{name: hostvars[host][name] for name in generations.CONNECTION if name in hostvars.raw_get(host)},
+                # With defaults filled in: those of another version are others.
+                **self.images(hostvars),
             }
             for host in hostvars
         }
@@ -253,6 +278,16 @@ class ActionModule(ActionBase):
             Path(file["path"]).name.removesuffix(".service")
             for file in (hostvars[host].get("__lab_made") or {}).get("files", [])
         ]
+
+    @staticmethod
+    def asked(hostvars: Any, host: str) -> bool:
+        """Return whether a host was reached when the playbook asked for its slice."""
+        return "stdout" in (hostvars[host].get("__lab_slice") or {})
+
+    @staticmethod
+    def noted(hostvars: Any, host: str, name: str) -> bool:
+        """Return whether site.yml noted something of a host in this run."""
+        return bool(hostvars[host].get(name, False))
 
     @staticmethod
     def kept(hostvars: Any, host: str) -> dict[str, Any]:

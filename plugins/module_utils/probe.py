@@ -39,6 +39,7 @@ BUSY = "BUSY"
 DEGRADED = "DEGRADED"
 HUNG = "HUNG"
 DOWN = "DOWN"
+AWAY = "AWAY"
 
 SERVING = (HEALTHY, BUSY)
 GATEWAY = "GATEWAY"
@@ -125,7 +126,10 @@ def request(url: str, deadline: float, api_key: str | None = None, body: dict[st
 
 
 def probe(endpoint: dict[str, Any]) -> dict[str, Any]:
-    """Ask one endpoint: url, timeout (s), kind (http, llamacpp, litellm, ollama), for llamacpp mode and api_key."""
+    """Ask one endpoint: url, timeout (s), kind (http, llamacpp, litellm, ollama), for llamacpp mode and api_key.
+
+    Where it may_be_away, one that does not answer at all is AWAY, which is no fault.
+    """
     started = time.monotonic()
     evidence: list[str] = []
     deadline = started + endpoint["timeout"]
@@ -138,6 +142,8 @@ def probe(endpoint: dict[str, Any]) -> dict[str, Any]:
     except ProbeError as error:
         state = error.state
         evidence.append(str(error))
+    if state == DOWN and endpoint.get("may_be_away"):
+        state = AWAY
     return {"state": state, "evidence": evidence, "seconds": round(time.monotonic() - started, 2)}
 
 
@@ -189,18 +195,24 @@ def prognosis(results: list[dict[str, Any]]) -> dict[str, Any]:
     """The verdict per tier and over all.
 
     A tier is HEALTHY when each of its endpoints serves (HEALTHY or BUSY), DEGRADED when some do, DOWN when none does.
-    Overall: DOWN when the gateway's tier is DOWN or no other tier serves; else DEGRADED when any tier is not HEALTHY;
-    else HEALTHY.
+    Those that are AWAY are left out; a tier of which all are is AWAY.
+    Overall: DOWN when the gateway's tier is DOWN or no other tier serves; else DEGRADED when any tier is DEGRADED or
+    DOWN; else HEALTHY.
     """
     serving: dict[str, list[bool]] = {}
     for result in results:
-        serving.setdefault(result["tier"], []).append(result["state"] in SERVING)
-    tiers = {tier: HEALTHY if all(oks) else DEGRADED if any(oks) else DOWN for tier, oks in serving.items()}
+        present = serving.setdefault(result["tier"], [])
+        if result["state"] != AWAY:
+            present.append(result["state"] in SERVING)
+    tiers = {
+        tier: AWAY if not oks else HEALTHY if all(oks) else DEGRADED if any(oks) else DOWN
+        for tier, oks in serving.items()
+    }
     others = [state for tier, state in tiers.items() if tier != GATEWAY]
-    if tiers.get(GATEWAY) == DOWN or (others and all(state == DOWN for state in others)):
+    if tiers.get(GATEWAY) == DOWN or (others and all(state in (DOWN, AWAY) for state in others)):
         overall = DOWN
     else:
-        overall = HEALTHY if all(state == HEALTHY for state in tiers.values()) else DEGRADED
+        overall = HEALTHY if all(state in (HEALTHY, AWAY) for state in tiers.values()) else DEGRADED
     return {"tiers": tiers, "overall": overall}
 
 

@@ -59,6 +59,10 @@ options:
         type: str
         choices: [chat, embedding, turns]
         default: chat
+      may_be_away:
+        description: Whether its machine may be off, or needed for something else by its owner. That is no fault.
+        type: bool
+        default: false
       api_key:
         description: The key of this llama-server, where it differs from O(api_key).
         type: str
@@ -114,7 +118,7 @@ results:
       description:
         - V(STARTING) it loads its model. V(HEALTHY) it does what it is there for. V(BUSY) it works on other requests.
         - V(DEGRADED) it answers with an error. V(HUNG) it accepts connections and nothing moves.
-        - V(DOWN) it does not answer.
+        - V(DOWN) it does not answer. V(AWAY) neither, and it need not (O(endpoints[].may_be_away)).
       type: str
       sample: HEALTHY
     evidence:
@@ -129,14 +133,14 @@ results:
 tiers:
   description:
     - The verdict per tier. V(HEALTHY) when every endpoint of it serves (V(HEALTHY) or V(BUSY)), V(DEGRADED) when some
-      do, V(DOWN) when none does.
+      do, V(DOWN) when none does. Those that are V(AWAY) are left out; V(AWAY) is a tier of which all are.
   returned: success
   type: dict
   sample: {GATEWAY: HEALTHY, REMOTE: DEGRADED}
 overall:
   description:
-    - V(DOWN) when the gateway is down or no other tier serves, else V(DEGRADED) when any tier is not V(HEALTHY), else
-      V(HEALTHY).
+    - V(DOWN) when the gateway is down or no other tier serves, else V(DEGRADED) when any tier is V(DEGRADED) or
+      V(DOWN), else V(HEALTHY).
   returned: success
   type: str
   sample: DEGRADED
@@ -158,6 +162,7 @@ def main() -> None:
         "timeout": {"type": "float", "default": 8},
         "kind": {"type": "str", "choices": ["http", "llamacpp", "litellm", "ollama"], "default": "http"},
         "mode": {"type": "str", "choices": ["chat", "embedding", "turns"], "default": "chat"},
+        "may_be_away": {"type": "bool", "default": False},
         "api_key": {"type": "str", "no_log": True},
     }
     spec = {

@@ -112,6 +112,23 @@ measured:
     - That file as it is now, in C(text), and in C(sentences) which servers took something else than was planned.
   type: dict
   returned: when the playbook has asked the servers (C(__lab_taken))
+maintenance:
+  description: The hosts that are in maintenance, and until when, as ISO time.
+  type: dict
+  returned: success
+maintenance_file:
+  description: Path of the file that playbook C(maintenance.yml) keeps them in.
+  type: str
+  returned: success
+generations:
+  description: Directory in which the sealed generations lie.
+  type: str
+  returned: success
+guests:
+  description: The hosts that may be off, or busy with something else.
+  type: list
+  elements: str
+  returned: success
 reports:
   description: Directory in which recovery keeps its reports.
   type: str
@@ -161,6 +178,19 @@ goes_away:
 rolling:
   description:
     - Hosts on which model servers that run are changed or leave, as far as the playbook has looked (C(__lab_slice)).
+  type: list
+  elements: str
+  returned: when the lock fits the declaration, or there is none
+owed:
+  description:
+    - Per host the model servers that are not there as they are planned now, as far as the playbook has looked
+      (C(__lab_slice)).
+  type: dict
+  returned: when the lock fits the declaration, or there is none
+given_up:
+  description:
+    - What would be served by nobody if site.yml went on, a sentence each, as far as it has noted which hosts are ready
+      (C(__lab_servers_up), C(__lab_gateway_up)).
   type: list
   elements: str
   returned: when the lock fits the declaration, or there is none

@@ -32,8 +32,10 @@ INVENTORY, LOCK, ABOUT = "inventory.json", ".lab.lock.yml", "about.json"
 CONNECTION = frozenset(
     {
         *("ansible_host", "ansible_port", "ansible_user", "ansible_connection", "ansible_python_interpreter"),
-        *("ansible_ssh_private_key_file", "ansible_ssh_common_args", "ansible_ssh_extra_args", "ansible_ssh_user"),
-        *("ansible_become", "ansible_become_method", "ansible_become_user", "ansible_shell_type"),
+        *("ansible_ssh_host", "ansible_ssh_port", "ansible_ssh_user", "ansible_private_key_file"),
+        *("ansible_ssh_private_key_file", "ansible_ssh_common_args", "ansible_ssh_extra_args"),
+        *("ansible_become", "ansible_become_method", "ansible_become_user", "ansible_become_exe"),
+        *("ansible_become_flags", "ansible_shell_type"),
     }
 )
 

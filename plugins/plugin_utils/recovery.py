@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ansible_collections.homelab.inference.plugins.module_utils.probe import SERVING
+from ansible_collections.homelab.inference.plugins.module_utils.probe import AWAY, SERVING
 
 # Rungs for a model server. kill ends one that does not listen to a stop; recreate makes its container anew, as the role
 # does it; fetch also reads its model files again, and gets those that are damaged.
@@ -29,7 +29,7 @@ def rungs(state: str, patience_over: bool = False) -> list[str]:
     :param state: as module health_probe has it.
     :param patience_over: it has been loading for longer than it may.
     """
-    if state in SERVING or (state == LOADING and not patience_over):
+    if state in SERVING or state == AWAY or (state == LOADING and not patience_over):
         return []
     return list(RUNGS.get("HUNG" if state == LOADING else state, RUNGS["DOWN"]))
 

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -330,17 +330,29 @@ def gateway(declaration: dict[str, Any], lock: dict[str, Any], catalogue: dict[s
     }
 
 
-def balancer(declaration: dict[str, Any], lock: dict[str, Any]) -> dict[str, Any]:
-    """Return what stands between the gateway and its model servers, as role haproxy takes it."""
+def balancer(declaration: dict[str, Any], lock: dict[str, Any], resting: Collection[str] = ()) -> dict[str, Any]:
+    """Return what stands between the gateway and its model servers, as role haproxy takes it.
+
+    :param resting: hosts in maintenance.
+    """
     return {
         "image": image(lock["images"]["haproxy_image"], declaration, lock),
         "network": NETWORK,
         "models": _balanced(declaration, lock),
+        "drained": sorted(
+            server_name(members[0]) for members in servers(started(declaration, lock)) if members[0]["node"] in resting
+        ),
     }
 
 
 def _endpoint(
-    declaration: dict[str, Any], name: str, where: str, url: str, kind: str, mode: str = "chat"
+    declaration: dict[str, Any],
+    name: str,
+    where: str,
+    url: str,
+    kind: str,
+    mode: str = "chat",
+    may_be_away: bool = False,
 ) -> dict[str, Any]:
     tiers = {key.upper(): entry for key, entry in declaration["lab"].get("lab_tiers", {}).items()}
     return {
@@ -350,11 +362,23 @@ def _endpoint(
         "timeout": tiers.get(where, {}).get("timeout", DEFAULT_TIMEOUT_S),
         "kind": kind,
         "mode": mode,
+        "may_be_away": may_be_away,
     }
 
 
-def model_servers(declaration: dict[str, Any], lock: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return each model server: its name, host and unit, when it starts there, its models, GPUs and endpoint."""
+def guests(declaration: dict[str, Any]) -> list[str]:
+    """Return the hosts that may be off, or busy with something else (declaration.md: node_presence)."""
+    return [host for host, node in declaration["nodes"].items() if node.get("node_presence") == "guest"]
+
+
+def model_servers(
+    declaration: dict[str, Any], lock: dict[str, Any], resting: Collection[str] = ()
+) -> list[dict[str, Any]]:
+    """Return each model server: its name, host and unit, when it starts there, its models, GPUs and endpoint.
+
+    :param resting: hosts in maintenance.
+    """
+    excused = {*guests(declaration), *resting}
     found = []
     for members in servers(started(declaration, lock)):
         first, name, host = members[0], server_name(members[0]), members[0]["node"]
@@ -369,15 +393,19 @@ def model_servers(declaration: dict[str, Any], lock: dict[str, Any]) -> list[dic
                 "start": min(one["start"] for one in members),
                 "models": [one["model"] for one in members],
                 "gpus": sorted({device for one in members for device in one["devices"]}),
-                "endpoint": _endpoint(declaration, name, tier(node), url, "llamacpp", mode),
+                "endpoint": _endpoint(
+                    declaration, name, tier(node), url, "llamacpp", mode, may_be_away=host in excused
+                ),
             }
         )
     return found
 
 
-def endpoints(declaration: dict[str, Any], lock: dict[str, Any], catalogue: dict[str, Any]) -> list[dict[str, Any]]:
+def endpoints(
+    declaration: dict[str, Any], lock: dict[str, Any], catalogue: dict[str, Any], resting: Collection[str] = ()
+) -> list[dict[str, Any]]:
     """Return everything whose health is asked for, in the shape of module health_probe."""
-    found = [server["endpoint"] for server in model_servers(declaration, lock)]
+    found = [server["endpoint"] for server in model_servers(declaration, lock, resting)]
     entry = gateway(declaration, lock, catalogue)
     if entry:
         url = f"http://{entry['address']}:{entry['port']}"
@@ -386,11 +414,16 @@ def endpoints(declaration: dict[str, Any], lock: dict[str, Any], catalogue: dict
 
 
 def views(
-    declaration: dict[str, Any], lock: dict[str, Any] | None, catalogue: dict[str, Any]
+    declaration: dict[str, Any],
+    lock: dict[str, Any] | None,
+    catalogue: dict[str, Any],
+    resting: Collection[str] = (),
 ) -> dict[str, dict[str, Any]]:
     """Return per host C({roles: [...], docker_host: {...}, inference_node: {...}, litellm: {...}}).
 
     Without a lock only what the declaration alone says is there: which roles a host has.
+
+    :param resting: hosts in maintenance.
     """
     services = declaration["lab"].get("lab_services", {})
     mirror = declaration["lab"].get("lab_registry_mirror")
@@ -427,7 +460,7 @@ def views(
                 for one in instances
                 if "models" not in one  # which of them is awake changes by the minute
             ],
-            "haproxy": balancer(declaration, lock) if lock and gate and gate["host"] == host else None,
+            "haproxy": balancer(declaration, lock, resting) if lock and gate and gate["host"] == host else None,
             "litellm": gate if gate and gate["host"] == host else None,
         }
     return result
@@ -446,6 +479,63 @@ def rolling(derived: dict[str, dict[str, Any]], slices: dict[str, dict[str, Any]
             if now is None or any(before.get(key) != value for key, value in now.items()):
                 found.append(host)
                 break
+    return found
+
+
+def owed(derived: dict[str, dict[str, Any]], slices: dict[str, dict[str, Any]]) -> dict[str, list[str]]:
+    """Return per host the servers that it does not have as they are planned now, or has no longer to have.
+
+    :param slices: per host that was asked the slice that it keeps from the last run.
+    """
+    found = {}
+    for host, kept in slices.items():
+        wanted = {one["name"]: one for one in derived[host]["inference_node"]["instances"]}
+        held = {one["name"]: one for one in kept.get("instances", [])}
+        names = sorted(
+            name
+            for name in {*wanted, *held}
+            if name not in wanted
+            or name not in held
+            or any(held[name].get(key) != value for key, value in wanted[name].items())
+        )
+        if names:
+            found[host] = names
+    return found
+
+
+def given_up(
+    derived: dict[str, dict[str, Any]],
+    servers_: list[dict[str, Any]],
+    slices: dict[str, dict[str, Any]],
+    leaves: dict[str, list[str]],
+    up: Collection[str],
+    gateways_up: Collection[str],
+) -> list[str]:
+    """Return what would be served by nobody if a run went on, a sentence each.
+
+    :param servers_: what model_servers() returned.
+    :param slices: per host that was asked the slice that it keeps from the last run.
+    :param leaves: what goes_away() returned.
+    :param up: hosts that have, or will have by rolling, the servers that are planned there.
+    :param gateways_up: hosts whose gateway is as planned, or can be told.
+    """
+    homes: dict[str, set[str]] = {}
+    for server in servers_:
+        for model in server["models"]:
+            homes.setdefault(model, set()).add(server["host"])
+    served: dict[str, list[str]] = {}
+    for host, kept in slices.items():
+        for one in kept.get("instances", []):
+            for model in [other["alias"] for other in one.get("models") or []] or [one.get("model") or one["name"]]:
+                served.setdefault(model, []).append(host)
+    found = [
+        f"{model} is served by {', '.join(served[model])} and planned for {', '.join(sorted(hosts))}, without it so far"
+        for model, hosts in homes.items()
+        if model in served and not hosts & set(up) and not hosts & set(served[model])
+    ]
+    for host, view in derived.items():
+        if view["haproxy"] and host not in gateways_up and leaves:
+            found.append(f"the gateway on {host} cannot be told that {', '.join(sorted(leaves))} changes")
     return found
 
 

@@ -22,6 +22,8 @@ import pytest
 import yaml
 from test_answers import BOX, INVENTORY, NODES, ROOT, chat, on
 
+from tests.sample import long
+
 FOREIGN = "somebody-elses"
 BIN = ROOT / ".cache" / "venv" / "bin"
 
@@ -80,6 +82,30 @@ def foreign(models: dict[str, Any], request: pytest.FixtureRequest) -> Iterator[
         good(playbook("site", "-e", "lab_confirm_removal=true"))
 
 
+def balancer(words: str) -> str:
+    """Return what HAProxy answers on its runtime socket."""
+    socket = "/var/lib/homelab-inference/haproxy/admin.sock"
+    ask = f"c.connect('{socket}'); c.sendall(b'{words}\\n'); print(c.makefile().read())"
+    return on("hydrogen", f'python3 -c "import socket as s; c = s.socket(s.AF_UNIX); {ask}"')
+
+
+def server_states() -> dict[str, str]:
+    """Return how HAProxy was told to treat each model server; 0 is as its health says."""
+    # Columns: number and name of the backend, number and name of the server, address, operational and own state.
+    lines = [line.split() for line in balancer("show servers state").splitlines()]
+    return {line[3]: line[6] for line in lines if len(line) > 6 and line[0].isdigit() and ":" not in line[3]}
+
+
+def recover(*words: str) -> dict[str, Any]:
+    """Run recover.yml, which has to end well, and return its report."""
+    done = subprocess.run(
+        [str(ROOT / "lab"), "recover", *words], capture_output=True, text=True, timeout=600, check=False
+    )
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert "RECOVERY DONE" in done.stdout
+    return json.loads(max((BOX / "lab.reports").glob("*.json")).read_text(encoding="utf-8"))
+
+
 def unharmed(foreign: dict[str, Any]) -> None:
     """Check that what is somebody else's is as it was."""
     assert started("helium")[FOREIGN] == foreign["started"]
@@ -113,6 +139,7 @@ def test_a_change_touches_one_server_and_check_says_which(models: dict[str, Any]
     unharmed(foreign)
 
 
+@long
 def test_a_model_that_leaves_is_shown_and_goes_and_its_neighbours_stay(
     models: dict[str, Any], foreign: dict[str, Any]
 ) -> None:
@@ -139,6 +166,7 @@ def test_most_of_the_lab_does_not_go_without_a_word(models: dict[str, Any], fore
     unharmed(foreign)
 
 
+@long
 def test_a_node_that_is_away_is_named_and_holds_up_nobody(models: dict[str, Any], foreign: dict[str, Any]) -> None:
     good(playbook("plan", models=models))
     subprocess.run(["docker", "stop", "lithium"], check=True, capture_output=True, timeout=120)
@@ -156,6 +184,40 @@ def test_a_node_that_is_away_is_named_and_holds_up_nobody(models: dict[str, Any]
     unharmed(foreign)
 
 
+@pytest.fixture
+def guest() -> Iterator[str]:
+    """Declare for the time of a test that a node is a guest."""
+    variables = INVENTORY / "host_vars" / "lithium.yml"
+    variables.parent.mkdir()
+    variables.write_text("node_presence: guest\n", encoding="utf-8")
+    yield "lithium"
+    variables.unlink()
+    variables.parent.rmdir()
+
+
+@long
+def test_a_guest_that_is_away_is_no_fault_and_gets_its_share_when_it_is_back(
+    models: dict[str, Any], foreign: dict[str, Any], guest: str
+) -> None:
+    subprocess.run(["docker", "stop", guest], check=True, capture_output=True, timeout=120)
+    try:
+        models["chat"] |= {"context": 1024, "nodes": ["helium", guest]}
+        good(playbook("plan", models=models))
+        assert f"{guest}, a guest that is away" in good(playbook("site", models=models))
+        assert re.search(r"chat-2\s+AWAY", good(playbook("health", models=models)))
+        assert recover()["steps"] == []
+    finally:
+        subprocess.run(["docker", "start", guest], check=True, capture_output=True, timeout=120)
+        answers(guest)
+    done = [(one["rung"], one["name"], one["after"]) for one in recover()["steps"]]
+    assert ("give what is owed to", guest, "DONE") in done
+    for node, name in {"helium": "chat", guest: "chat-2"}.items():
+        words = json.loads(on(node, f"docker inspect -f '{{{{json .Args}}}}' llamacpp-{name}"))
+        assert words[words.index("--ctx-size") + 1] == "2048", "two slots"
+    unharmed(foreign)
+
+
+@long
 def test_an_engine_that_is_down_is_started_by_the_next_run(models: dict[str, Any], foreign: dict[str, Any]) -> None:
     on("lithium", "systemctl stop docker.socket docker.service; systemctl reset-failed docker.service docker.socket")
     good(playbook("site", models=models))
@@ -199,6 +261,7 @@ def test_the_lab_comes_off_and_leaves_what_it_did_not_make(models: dict[str, Any
         re.findall(r"\(item=[^)]*\)", foreseen)
     )
     assert not list(on("helium", "ls /etc/systemd/system | grep llamacpp || true"))
-    good(playbook("plan", models=models))
-    good(playbook("site", models=models))
+    # As the box declares it.
+    good(playbook("plan"))
+    good(playbook("site"))
     unharmed(foreign)

@@ -20,6 +20,8 @@ import yaml
 from test_answers import BOX, LAB, chat, on, secrets
 from test_changes import changed, good, playbook, started
 
+from tests.sample import long
+
 MEASURED = BOX / "lab.measured.json"
 __all__ = ["secrets"]  # a fixture
 
@@ -49,6 +51,7 @@ def test_what_servers_took_is_what_was_planned() -> None:
     assert " MiB were planned." not in output
 
 
+@long
 def test_what_has_no_place_is_refused_by_name_and_the_rest_is_deployed(models: dict[str, Any]) -> None:
     # One request of 200 million tokens, which no machine has the memory for.
     models["giant"] = {**models["code"], "context": 200_000_000, "categories": [], "args": {}}
@@ -72,6 +75,7 @@ def test_what_has_no_place_is_refused_by_name_and_the_rest_is_deployed(models: d
     assert moved == {"llamacpp-code"}, "its neighbours stay, the change beside the refusal is made"
 
 
+@long
 def test_models_that_do_not_fit_beside_each_other_take_turns(models: dict[str, Any], secrets: dict[str, str]) -> None:
     # Each takes more than half of the card for its context; its batch is small, or the mask would take the rest.
     large = {"nodes": ["lithium"], "keep": "on-demand", "context": 500_000, "kv": "f16", "args": {"ubatch-size": 32}}

@@ -8,24 +8,16 @@ Needs the box (./lab up), and leaves it as it was.
 
 from __future__ import annotations
 
-import json
+import datetime
 import subprocess
+import time
 from typing import Any
 
-from test_answers import BOX, GATEWAY, ROOT, ask, on
+import yaml
+from test_answers import BOX, GATEWAY, ask, on
+from test_changes import answers, balancer, good, playbook, recover, server_states
 
-REPORTS = BOX / "lab.reports"
-WELL = "RECOVERY DONE"
-
-
-def recover(*words: str) -> dict[str, Any]:
-    """Run recover.yml, which has to end well, and return its report."""
-    done = subprocess.run(
-        [str(ROOT / "lab"), "recover", *words], capture_output=True, text=True, timeout=600, check=False
-    )
-    assert done.returncode == 0, done.stdout[-4000:]
-    assert WELL in done.stdout
-    return json.loads(max(REPORTS.glob("*.json")).read_text(encoding="utf-8"))
+from tests.sample import long
 
 
 def rungs(report: dict[str, Any]) -> list[tuple[str, str, str]]:
@@ -84,6 +76,7 @@ def test_an_engine_that_hangs_is_restarted_and_its_other_servers_live_on() -> No
     assert state("lithium", other, "Pid") == lives_on
 
 
+@long
 def test_a_damaged_model_file_that_looks_as_before_is_fetched_again() -> None:
     name = container("lithium")
     folders = on("lithium", "docker inspect -f '{{range .Mounts}}{{.Source}} {{end}}' " + name).split()
@@ -92,3 +85,75 @@ def test_a_damaged_model_file_that_looks_as_before_is_fetched_again() -> None:
     on("lithium", f"dd if=/dev/zero of={path} bs=64 count=1 conv=notrunc; touch -r /tmp/before {path}; rm /tmp/before")
     done = rungs(recover())
     assert done[-1] == ("fetch", name.removeprefix("llamacpp-"), "HEALTHY")
+
+
+def test_after_a_restart_of_its_engine_the_gateway_is_still_found_by_name() -> None:
+    """HAProxy asks the engine for it, whose name server listens elsewhere then."""
+    on("hydrogen", "systemctl reset-failed docker.service docker.socket; systemctl restart docker.service")
+    on("hydrogen", "docker rename litellm litellm-previous")
+    try:
+        assert found("gateway:previous")
+        assert ask(f"{GATEWAY}/health/liveliness", None, timeout=10)[0] == 200
+    finally:
+        on("hydrogen", "docker rename litellm-previous litellm")
+    assert found("gateway:current")
+
+
+def found(server: str) -> bool:
+    """Wait until HAProxy has an address for one of its servers and finds it well."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        lines = [line.split() for line in balancer("show servers state gateway:").splitlines()]
+        if [server, "2", "0"] in [[line[3], line[5], line[6]] for line in lines if len(line) > 6]:
+            return True
+        time.sleep(1)
+    return False
+
+
+def test_a_node_in_maintenance_gets_no_requests_and_no_repairs_until_its_time_is_over() -> None:
+    name = container("lithium")
+    good(playbook("maintenance", "-l", "lithium", "-e", "for=1h"))
+    try:
+        assert drained() == {"chat-2", "embed-2"}
+        on("lithium", f"systemctl stop {name}.service")
+        assert "AWAY" in good(playbook("health"))
+        assert recover()["steps"] == []
+        assert state("lithium", name, "Running") == "false"
+    finally:
+        ends = good(playbook("maintenance", "-l", "lithium", "-e", "for=2s"))
+    assert "lithium: in maintenance until " in ends
+    deadline = time.monotonic() + 60
+    while drained() and time.monotonic() < deadline:
+        time.sleep(1)
+    assert drained() == set()
+    assert ("restart", name.removeprefix("llamacpp-"), "HEALTHY") in rungs(recover())
+
+
+def drained() -> set[str]:
+    """Return the names of the servers that get no requests."""
+    return {name for name, own in server_states().items() if own != "0"}
+
+
+def test_a_node_that_boots_starts_its_servers_in_order_and_never_two_on_gpus_at_once() -> None:
+    lock = yaml.safe_load((BOX / "lab.lock.yml").read_text(encoding="utf-8"))
+    planned = sorted((one for one in lock["instances"] if one["node"] == "helium"), key=lambda one: one["start"])
+    on_gpus = [f"llamacpp-{one['name']}" for one in planned if one["devices"]]
+    assert len(on_gpus) > 1
+    subprocess.run(["docker", "restart", "helium"], check=True, capture_output=True, timeout=120)
+    answers("helium")
+    units = " ".join(f"llamacpp-{one['name']}.service" for one in planned)
+    deadline = time.monotonic() + 300
+    while "HEALTHY" not in (asked := playbook("health").stdout).split("Overall: ")[1].splitlines()[0]:
+        assert time.monotonic() < deadline, asked
+    shown = on("helium", f"systemctl show --timestamp=us+utc -p ActiveEnterTimestamp --value {units}").split("\n\n")
+    up = {f"llamacpp-{one['name']}": moment(text) for one, text in zip(planned, shown)}
+    began = {name: moment(state("helium", name, "StartedAt")) for name in on_gpus}
+    assert on_gpus == sorted(on_gpus, key=lambda name: began[name]), "in the order of the plan"
+    for before, after in zip(on_gpus, on_gpus[1:]):
+        assert up[before] <= began[after], "one was ready before the next began"
+
+
+def moment(text: str) -> datetime.datetime:
+    """Read the time of Docker (2026-01-31T12:00:00.123456789Z), systemd (Sat 2026-01-31 12:00:00.123456 UTC)."""
+    words = text.strip().removesuffix("Z").removesuffix(" UTC").replace("T", " ").split()[-2:]
+    return datetime.datetime.fromisoformat(f"{words[0]} {words[1][:15]}")

@@ -14,9 +14,10 @@ from typing import Any
 
 import yaml
 from test_answers import GATEWAY, INVENTORY, on
-from test_changes import good, playbook, started
+from test_changes import balancer, good, playbook, server_states, started
 
 from tests.bench.load import Cutter, Load, Result
+from tests.sample import long
 
 ASKED = {"chat": {"chat"}, "code": {"code", "chat"}}
 CLIENTS = 4
@@ -69,6 +70,7 @@ def test_every_server_is_restarted_and_no_request_is_lost() -> None:
     assert sorted(after, key=lambda name: after[name]) == order
 
 
+@long
 def test_an_order_by_hand_is_kept_and_touches_nobody_else() -> None:
     before = servers()
     output = good(playbook("restart", "-e", "lab_restart=embed-2,code"))
@@ -79,6 +81,7 @@ def test_an_order_by_hand_is_kept_and_touches_nobody_else() -> None:
     assert "There is no model server codde. The lab has: chat, chat-2, code, embed, embed-2." in unknown.stdout
 
 
+@long
 def test_the_last_replica_is_not_restarted_unless_told_to() -> None:
     on("lithium", "systemctl stop llamacpp-chat-2.service")
     try:
@@ -95,6 +98,7 @@ def test_the_last_replica_is_not_restarted_unless_told_to() -> None:
         on("lithium", "systemctl reset-failed llamacpp-chat-2.service; systemctl start llamacpp-chat-2.service")
 
 
+@long
 def test_a_server_that_does_not_come_back_stops_the_run_and_the_rest_serves() -> None:
     on("lithium", "docker stop llamacpp-chat-2 && docker rename llamacpp-chat-2 away")
     try:
@@ -119,21 +123,11 @@ def test_a_changed_model_is_rolled_and_no_request_is_lost(models: dict[str, Any]
     assert {name for name, when in servers().items() if when != before[name]} == {"chat", "chat-2"}
 
 
-def balancer(words: str) -> str:
-    """Return what HAProxy answers on its runtime socket."""
-    socket = "/var/lib/homelab-inference/haproxy/admin.sock"
-    ask = f"c.connect('{socket}'); c.sendall(b'{words}\\n'); print(c.makefile().read())"
-    return on("hydrogen", f'python3 -c "import socket as s; c = s.socket(s.AF_UNIX); {ask}"')
-
-
 def test_what_an_interrupted_run_left_drained_serves_again(models: dict[str, Any]) -> None:
     """And the change of the test before is taken back."""
     balancer("set server embed/embed-2 state drain")
     models["chat"]["context"] = 2048
     good(playbook("plan", models=models))
     good(playbook("site", models=models))
-    # Columns: number and name of the backend, number and name of the server, address, operational and own state.
-    lines = [line.split() for line in balancer("show servers state").splitlines()]
-    there = servers()
-    states = {line[3]: line[6] for line in lines if len(line) > 6 and line[3] in there}
+    states = server_states()
     assert states == dict.fromkeys(("chat", "chat-2", "code", "embed", "embed-2"), "0")

@@ -18,6 +18,7 @@ from litellm_lab import LITELLM, LLAMACPP, ROOT, Lab, ansible, docker, free_port
 from tests.bench.load import Load
 from tests.integration.test_haproxy_role import HERE, IMAGE, serve
 from tests.integration.test_litellm_role import COMPARE, changed_tasks
+from tests.sample import long
 
 KEY = "the-key-of-the-servers"
 MASTER_KEY = "sk-0123456789abcdef01234567"
@@ -128,6 +129,7 @@ def test_models_come_and_go_while_clients_ask(pair: Pair) -> None:
     assert found.failures == []
 
 
+@long
 def test_the_one_before_answers_on_when_the_new_one_does_not(pair: Pair) -> None:
     before = pair.gateways()
     load = pair.load()
@@ -142,6 +144,7 @@ def test_the_one_before_answers_on_when_the_new_one_does_not(pair: Pair) -> None
     assert pair.gateways() == before
 
 
+@long
 def test_what_an_interrupted_run_left_is_made_good(pair: Pair) -> None:
     before = pair.gateways()
     docker("rename", pair.gateway, f"{pair.gateway}-previous")

@@ -176,7 +176,7 @@ def test_deploy_again_change_and_take_off(node: Lab, instances: list[dict]) -> N
     broken = copy.deepcopy([instances[0], instances[2]])
     broken[0]["model_file"] = "broken.gguf"
     output = node.play(broken, rc=2)
-    summary = output[output.index("TASK [homelab.inference.inference_node : Name what did not work]") :]
+    summary = output[output.index("TASK [homelab.inference.inference_node : Failures | Name what did not work]") :]
     assert re.search(r"^\s*chat: Starting llamacpp-chat failed: ", summary, re.M)
     assert "embed" not in summary
     assert "llamacpp-code" not in node.containers()

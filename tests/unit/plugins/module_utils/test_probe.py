@@ -276,12 +276,25 @@ def test_waiting_ends_at_the_deadline_with_what_was_seen_last() -> None:
         ),
         ({"LOCAL": ["DEGRADED"], "GATEWAY": ["HEALTHY"]}, {"LOCAL": "DOWN", "GATEWAY": "HEALTHY"}, "DOWN"),
         ({"GATEWAY": ["HEALTHY"]}, {"GATEWAY": "HEALTHY"}, "HEALTHY"),
+        ({"LOCAL": ["HEALTHY", "AWAY"]}, {"LOCAL": "HEALTHY"}, "HEALTHY"),
+        ({"LOCAL": ["DOWN", "AWAY"], "REMOTE": ["HEALTHY"]}, {"LOCAL": "DOWN", "REMOTE": "HEALTHY"}, "DEGRADED"),
+        ({"LOCAL": ["HEALTHY"], "RIG": ["AWAY"]}, {"LOCAL": "HEALTHY", "RIG": "AWAY"}, "HEALTHY"),
+        ({"RIG": ["AWAY"], "GATEWAY": ["HEALTHY"]}, {"RIG": "AWAY", "GATEWAY": "HEALTHY"}, "DOWN"),
         ({}, {}, "HEALTHY"),
     ],
 )
 def test_prognosis(states: dict, tiers: dict, overall: str) -> None:
     results = [{"tier": tier, "state": state} for tier, many in states.items() for state in many]
     assert probe.prognosis(results) == {"tiers": tiers, "overall": overall}
+
+
+@pytest.mark.parametrize(("may_be_away", "state"), [(True, "AWAY"), (False, "DOWN")])
+def test_what_may_be_away_is_no_fault(may_be_away: bool, state: str) -> None:
+    with socket.socket() as port:  # bound, and nobody listens
+        port.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{port.getsockname()[1]}"
+        endpoint = {"url": url, "timeout": 2, "kind": "http", "may_be_away": may_be_away}
+        assert probe.probe(endpoint)["state"] == state
 
 
 def test_the_table_names_every_endpoint_and_the_verdict() -> None:

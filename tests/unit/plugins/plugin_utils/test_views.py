@@ -311,3 +311,47 @@ def test_what_was_learned_of_a_card_goes_into_the_plan() -> None:
     learned = {"forge": {"gpu0": 640}}
     nodes = views.planner_nodes(DECLARATION, {"forge": CPU, "rig": CPU}, CATALOGUE, learned)
     assert nodes["forge"]["overheads"] == {"gpu0": 640} and "overheads" not in nodes["rig"]
+
+
+def test_nodes_in_maintenance_and_guests_may_be_away_and_the_first_get_no_requests() -> None:
+    declaration = copy.deepcopy(DECLARATION)
+    assert {one["may_be_away"] for one in views.endpoints(declaration, LOCK, CATALOGUE)} == {False}
+    declaration["nodes"]["forge"]["node_presence"] = "guest"
+    found = views.endpoints(declaration, LOCK, CATALOGUE, {"rig": "2030-01-01T00:00:00+00:00"})
+    assert [one["name"] for one in found if not one["may_be_away"]] == ["gateway/litellm"]
+    derived = views.views(declaration, LOCK, CATALOGUE, ["rig"])
+    assert derived["nuc"]["haproxy"]["drained"] == ["chat-2", "code"]
+    assert views.views(declaration, LOCK, CATALOGUE)["nuc"]["haproxy"]["drained"] == []
+
+
+def test_a_host_is_owed_what_it_does_not_hold() -> None:
+    derived = views.views(DECLARATION, LOCK, CATALOGUE)
+    held = {host: {"instances": copy.deepcopy(view["inference_node"]["instances"])} for host, view in derived.items()}
+    assert views.owed(derived, held) == {}
+    held["forge"]["instances"][0]["port"] = 1
+    held["rig"]["instances"].pop()
+    held["rig"]["instances"].append({"name": "old"})
+    assert views.owed(derived, held) == {"forge": ["chat"], "rig": ["code", "old"]}
+    assert views.owed(derived, {"forge": {}, "nuc": {}}) == {"forge": ["chat"]}
+
+
+def test_what_only_runs_elsewhere_is_not_given_up_before_it_is_where_it_goes() -> None:
+    derived = views.views(DECLARATION, LOCK, CATALOGUE)
+    planned = views.model_servers(DECLARATION, LOCK)
+    before = {"forge": {"instances": [{"name": "chat", "model": "chat"}, {"name": "code", "model": "code"}]}, "rig": {}}
+    leaves = {"forge": ["llamacpp-code"]}
+
+    def given_up(up: list[str], gateways: list[str]) -> list[str]:
+        return views.given_up(derived, planned, before, leaves, up, gateways)
+
+    assert given_up(["forge", "rig"], ["nuc"]) == []
+    # rig, to which code moves, failed; chat has a server on forge all the same.
+    assert given_up(["forge"], ["nuc"]) == ["code is served by forge and planned for rig, without it so far"]
+    assert given_up(["forge", "rig"], []) == ["the gateway on nuc cannot be told that forge changes"]
+    # Nothing moves: a host that is away holds up nobody.
+    before["rig"] = {"instances": [{"name": "chat-2", "model": "chat"}, {"name": "code", "model": "code"}]}
+    before["forge"]["instances"].pop()
+    leaves = {}
+    assert given_up(["forge"], []) == []
+    before["rig"] = {"instances": [{"name": "turns", "models": [{"alias": "code"}]}]}
+    assert given_up(["rig"], []) == []
