@@ -85,7 +85,7 @@ class ActionModule(ActionBase):
             host: self.facts(hostvars, host)
             for host in declaration["groups"]["inference"] + declaration["groups"]["library"]
         }
-        measured_file = path.with_name(path.name.removesuffix(".lock.yml") + ".measured.json")
+        measured_file = lock.beside(path, ".measured.json")
         seen = measured.parse(measured_file.read_text(encoding="utf-8")) if measured_file.exists() else {}
         before = known["nodes"] if known else {}
         for host, found in facts.items():
@@ -119,7 +119,7 @@ class ActionModule(ActionBase):
             maintenance_file=str(maintenance.path(home)),
             generations=str(generations.directory(home)),
             guests=views.guests(declaration),
-            reports=str(home.with_name(home.name.removesuffix(".lock.yml") + ".reports")),
+            reports=str(lock.beside(home, ".reports")),
             inventory_dir=str(self.inventory_dir(hostvars)),
             stale=stale,
             secrets_missing=[name for name in lab.GENERATED_SECRETS if not declaration["secrets"].get(name)],

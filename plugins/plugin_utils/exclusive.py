@@ -21,10 +21,12 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+from ansible_collections.homelab.inference.plugins.plugin_utils import lock
+
 
 def path(lock_path: Path) -> Path:
     """Return the file for the lab with this lock."""
-    return lock_path.with_name(lock_path.name.removesuffix(".lock.yml") + ".running")
+    return lock.beside(lock_path, ".running")
 
 
 def take(file: Path, what: str, pid: int) -> dict[str, Any] | None:

@@ -45,7 +45,7 @@ LEFT_OUT = frozenset({"lab_lock_file", *RUN_WORDS})
 
 def directory(lock_path: Path) -> Path:
     """Return where the generations of the lab with this lock are kept."""
-    return lock_path.with_name(lock_path.name.removesuffix(".lock.yml") + ".generations")
+    return lock_module.beside(lock_path, ".generations")
 
 
 def origin(lock_path: Path) -> Path:

@@ -22,6 +22,7 @@ Format (version 1), all sizes in MiB unless the name says bytes::
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -32,6 +33,11 @@ HEADER = """\
 # The lock: which model runs where, with which flags. Written by plan.yml, applied by site.yml; keep it in git.
 # To change it, change the declaration and run plan.yml. To go back: git checkout this file, then run site.yml.
 """
+
+
+def beside(path: Path, suffix: str) -> Path:
+    """Return what is kept beside a lock: for C(.lab.lock.yml) and C(.running) C(.lab.running)."""
+    return path.with_name(path.name.removesuffix(".lock.yml") + suffix)
 
 
 class LockError(Exception):

@@ -13,10 +13,12 @@ import datetime
 import json
 from pathlib import Path
 
+from ansible_collections.homelab.inference.plugins.plugin_utils import lock
+
 
 def path(lock_path: Path) -> Path:
     """Return the file for the lab with this lock."""
-    return lock_path.with_name(lock_path.name.removesuffix(".lock.yml") + ".maintenance.json")
+    return lock.beside(lock_path, ".maintenance.json")
 
 
 def read(file: Path, now: datetime.datetime) -> dict[str, str]:

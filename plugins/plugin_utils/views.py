@@ -471,15 +471,11 @@ def rolling(derived: dict[str, dict[str, Any]], slices: dict[str, dict[str, Any]
 
     :param slices: per host the slice that it keeps from the last run.
     """
-    found = []
-    for host, kept in slices.items():
-        wanted = {one["name"]: one for one in derived[host]["inference_node"]["instances"]}
-        for before in kept.get("instances", []):
-            now = wanted.get(before["name"])
-            if now is None or any(before.get(key) != value for key, value in now.items()):
-                found.append(host)
-                break
-    return found
+    return [
+        host
+        for host, names in owed(derived, slices).items()
+        if any(one["name"] in names for one in slices[host].get("instances", []))
+    ]
 
 
 def owed(derived: dict[str, dict[str, Any]], slices: dict[str, dict[str, Any]]) -> dict[str, list[str]]:
