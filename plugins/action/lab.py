@@ -25,6 +25,7 @@ from ansible_collections.homelab.inference.plugins.plugin_utils import (
     lock,
     maintenance,
     measured,
+    moves,
     schema,
     views,
 )
@@ -34,6 +35,10 @@ COLLECTION = Path(__file__).resolve().parents[2]
 CONNECTION_WORDS = ("ansible_host", "ansible_port", "ansible_connection")
 # Seconds between two looks at whether another run has ended, and between two sentences about it.
 LOOK, SAY = 2, 60
+# Roles that are found by a unit with another name.
+UNITS = {"homelab-healer": "healer", "homelab-engine-metric": "node_exporter"}
+# Where the control node keeps what it needs to repair the lab by itself: generations and more, beside a lab.lock.yml.
+STATE = "/var/lib/homelab-inference/lab"
 
 
 class ActionModule(ActionBase):
@@ -51,6 +56,8 @@ class ActionModule(ActionBase):
                 "exclusive": {"type": "str"},
                 "patience": {"type": "int", "default": 3600},
                 "seal": {"type": "bool", "default": False},
+                "lost": {"type": "list", "elements": "str", "default": []},
+                "closed": {"type": "list", "elements": "str", "default": []},
             }
         )
         hostvars = task_vars["hostvars"]
@@ -75,7 +82,14 @@ class ActionModule(ActionBase):
                 )
         resting = maintenance.read(maintenance.path(home), datetime.datetime.now(datetime.timezone.utc))
         known = args["lock"] or (lock.parse(path.read_text(encoding="utf-8"), str(path)) if path.exists() else None)
-        declared, images = views.declared(declaration), self.images(hostvars)
+        moved = moves.read(moves.path(home), known)
+        # What runs, for everything but the plan itself.
+        runs = moves.applied(known, moved) if known else None
+        if args["lost"] and runs:
+            now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+            found = moves.without(runs, lab.models(declaration), args["lost"], now, args["closed"])
+            moved, runs = (found, moves.applied(known, found)) if found else (moved, runs)
+        declared, images = views.declared(declaration), self.images(hostvars, declaration)
         stale = (
             lock.differences({**known["declared"], "images": known["images"]}, {**declared, "images": images})
             if known
@@ -94,7 +108,7 @@ class ActionModule(ActionBase):
                 found["devices"], missing = drift.bind(found["devices"], before[host]["devices"])
                 warnings += [self.missing(host, device, found["problems"]) for device in missing]
             if found:
-                ours, held = self.held(known, host, self.running(hostvars, host))
+                ours, held = self.held(runs, host, self.running(hostvars, host))
                 facts[host] = drift.without_ours(found, ours, [device["id"] for device in missing], held)
         result.update(
             changed=False,
@@ -115,14 +129,25 @@ class ActionModule(ActionBase):
             lock_file=str(path),
             measured_file=str(measured_file),
             taken=seen,
+            moves=moved,
+            moved=moves.sentences(known, moved) if known else [],
+            moves_file=str(moves.path(home)),
+            untold_file=str(lock.beside(home, ".untold")),
             maintenance=resting,
             maintenance_file=str(maintenance.path(home)),
             generations=str(generations.directory(home)),
+            healer={
+                "host": lab.door_host(declaration) or "",
+                "here": generations.directory(home).is_relative_to(STATE),
+                "state": STATE,
+            },
             guests=views.guests(declaration),
             reports=str(lock.beside(home, ".reports")),
             inventory_dir=str(self.inventory_dir(hostvars)),
             stale=stale,
-            secrets_missing=[name for name in lab.GENERATED_SECRETS if not declaration["secrets"].get(name)],
+            secrets_missing=[
+                name for name in lab.generated_secrets(declaration) if not declaration["secrets"].get(name)
+            ],
             secrets_file=str(self.inventory_dir(hostvars) / "group_vars" / "all" / "secrets.yml"),
         )
         taken = {
@@ -131,12 +156,12 @@ class ActionModule(ActionBase):
             if "servers" in (hostvars[host].get("__lab_taken") or {})
         }
         if known and taken:
-            found, sentences = measured.merge(seen, known, taken)
+            found, sentences = measured.merge(seen, runs, taken)
             result["measured"] = {"text": measured.render(found), "sentences": sentences}
         if not stale:
-            result["views"] = views.views(declaration, known, catalogue, resting)
-            result["servers"] = views.model_servers(declaration, known, resting) if known else []
-            result["endpoints"] = views.endpoints(declaration, known, catalogue, resting) if known else []
+            result["views"] = views.views(declaration, runs, catalogue, resting)
+            result["servers"] = views.model_servers(declaration, runs, resting) if runs else []
+            result["endpoints"] = views.endpoints(declaration, runs, catalogue, resting) if runs else []
             found = {host: self.made(hostvars, host) for host in hostvars}
             gone = views.goes_away(result["views"], found)
             there = sum(map(len, found.values()))
@@ -153,7 +178,7 @@ class ActionModule(ActionBase):
             result["given_up"] = views.given_up(result["views"], result["servers"], kept, gone, *ready.values())
             result["most_goes_away"] = sum(map(len, gone.values())) * 2 > there
             if args["seal"] and known and not self._task.check_mode:
-                result["generation"] = self.seal(path, hostvars, dict(task_vars["groups"]), known)
+                result["generation"] = self.seal(path, hostvars, dict(task_vars["groups"]), known, images)
         return result
 
     @staticmethod
@@ -185,22 +210,22 @@ class ActionModule(ActionBase):
                 "nothing was touched."
             ) from error
 
-    def seal(self, path: Path, hostvars: Any, groups: dict[str, list[str]], known: dict[str, Any]) -> int:
+    def seal(
+        self, path: Path, hostvars: Any, groups: dict[str, list[str]], known: dict[str, Any], images: dict[str, Any]
+    ) -> int:
         """Keep declaration and lock as they are deployed now; return the number of the generation."""
         words = {
             host: {
                 **self.words(hostvars, host),
-                **{name: hostvars[host][name] for name in generations.CONNECTION if name in hostvars.raw_get(host)},
+                **{name: hostvars[host][name] for name in hostvars.raw_get(host) if generations.kept(name)},
                 # With defaults filled in: those of another version are others.
-                **self.images(hostvars),
+                **images,
             }
             for host in hostvars
         }
         home = generations.directory(path)
         try:
-            return generations.seal(
-                home, generations.inventory(words, groups, views.IMAGE_VARIABLES), known, self.version()
-            )
+            return generations.seal(home, generations.inventory(words, groups, tuple(images)), known, self.version())
         except OSError as error:
             raise AnsibleActionFail(
                 f"Keeping the declaration in {home} failed: {error}. Recovery works from there; nothing was touched."
@@ -275,7 +300,7 @@ class ActionModule(ActionBase):
     def made(hostvars: Any, host: str) -> list[str]:
         """Return the names of what we made on a host, as site.yml found it earlier in this run."""
         return [
-            Path(file["path"]).name.removesuffix(".service")
+            UNITS.get(name := Path(file["path"]).name.removesuffix(".service"), name)
             for file in (hostvars[host].get("__lab_made") or {}).get("files", [])
         ]
 
@@ -297,13 +322,13 @@ class ActionModule(ActionBase):
         except ValueError:
             return {}  # half written; it is written anew
 
-    def images(self, hostvars: Any) -> dict[str, Any]:
-        """Return the image variables: what the inventory says, else the roles' own defaults."""
+    def images(self, hostvars: Any, declaration: dict[str, Any]) -> dict[str, Any]:
+        """Return the image variables that a lab needs: what the inventory says, else the roles' own defaults."""
         defaults: dict[str, Any] = {}
         for path in sorted((COLLECTION / "roles").glob("*/defaults/main.yml")):
             defaults.update(yaml.safe_load(path.read_text(encoding="utf-8")) or {})
         found = {}
-        for name in views.IMAGE_VARIABLES:
+        for name in views.image_variables(declaration):
             own = [hostvars[host][name] for host in hostvars if name in hostvars.raw_get(host)]
             value = own[0] if own else defaults.get(name)
             found[name] = {**defaults.get(name, {}), **value} if isinstance(value, dict) else value

@@ -39,6 +39,16 @@ options:
         from there, whatever is edited meanwhile. Not in check mode.
     type: bool
     default: false
+  lost:
+    description: Nodes that are dead. What ran there is placed on those that remain, as far as it fits; see RV(moves).
+    type: list
+    elements: str
+    default: []
+  closed:
+    description: Nodes that keep what they have then, and get nothing.
+    type: list
+    elements: str
+    default: []
 notes:
   - Run it once per playbook, with C(run_once), and register the result.
 attributes:
@@ -112,6 +122,25 @@ measured:
     - That file as it is now, in C(text), and in C(sentences) which servers took something else than was planned.
   type: dict
   returned: when the playbook has asked the servers (C(__lab_taken))
+untold_file:
+  description: File that is there while the control node has not been told what was moved and who is in maintenance.
+  type: str
+  returned: success
+moves:
+  description:
+    - What runs elsewhere than planned because a node is dead, as file C(.lab.moves.json) has it.
+    - Empty where nothing does.
+  type: dict
+  returned: success
+moved:
+  description: The same, a sentence each.
+  type: list
+  elements: str
+  returned: success
+moves_file:
+  description: Path of the file that recovery keeps it in.
+  type: str
+  returned: success
 maintenance:
   description: The hosts that are in maintenance, and until when, as ISO time.
   type: dict
@@ -123,6 +152,12 @@ maintenance_file:
 generations:
   description: Directory in which the sealed generations lie.
   type: str
+  returned: success
+healer:
+  description:
+    - The host with the alert door in C(host), empty where the lab has none; in C(state) the directory there with
+      what it knows of the lab, and in C(here) whether this run works from that directory.
+  type: dict
   returned: success
 guests:
   description: The hosts that may be off, or busy with something else.

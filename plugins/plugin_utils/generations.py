@@ -39,6 +39,11 @@ CONNECTION = frozenset(
     }
 )
 
+# What an owner says to the roles that recovery uses. No secrets among them: those lie on their nodes.
+ROLES = ("haproxy_", "inference_node_")
+ROLE_WORDS = frozenset({"litellm_published_address", "litellm_request_timeout"})
+ROLE_SECRETS = frozenset({"inference_node_api_key", "inference_node_url_token"})
+
 # Where its lock lies it says itself; and what one run was asked for is no declaration.
 LEFT_OUT = frozenset({"lab_lock_file", *RUN_WORDS})
 
@@ -69,7 +74,8 @@ def inventory(
         host: {
             name: value
             for name, value in variables.items()
-            if name in (*CONNECTION, *more)
+            if kept(name)
+            or name in more
             or (name.startswith(("lab_", "node_")) and not name.startswith("lab_secret_") and name not in LEFT_OUT)
         }
         for host, variables in hostvars.items()
@@ -82,10 +88,19 @@ def inventory(
     return {"all": {"hosts": hosts, "children": children}}
 
 
+def kept(name: str) -> bool:
+    """Return whether a variable is kept that is no part of the declaration."""
+    return name in CONNECTION | ROLE_WORDS or (name.startswith(ROLES) and name not in ROLE_SECRETS)
+
+
 def newest(home: Path) -> Path | None:
-    """Return the directory of the newest generation; None where there is none."""
+    """Return the directory of the newest generation; None where there is none.
+
+    It is the one that C(newest) names: a control node gets those of several checkouts, each with numbers of its own.
+    """
     found = _all(home)
-    return found[-1] if found else None
+    named = (home / NEWEST).resolve().name
+    return next((one for one in found if one.name == named), found[-1] if found else None)
 
 
 def seal(home: Path, sealed: dict[str, Any], lock: dict[str, Any], collection: str) -> int:

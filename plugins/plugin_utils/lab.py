@@ -31,9 +31,11 @@ RUN_WORDS = (
     "lab_restart",
     "lab_restart_anyway",
     "lab_strict",
+    "lab_take_back",
 )
-# Secrets that this collection makes itself when they are absent.
-GENERATED_SECRETS = ("lab_secret_litellm_master_key", "lab_secret_llamacpp_api_key")
+# Secrets that this collection makes itself when they are absent; the last where alerts are told to the healer.
+HEALER_SECRET = "lab_secret_healer"
+GENERATED_SECRETS = ("lab_secret_litellm_master_key", "lab_secret_llamacpp_api_key", HEALER_SECRET)
 SAMPLE = re.compile(
     r"^(sk-)?(1234|change-?me!?|your[-_ ].*|xxx+|<.*>|example|sample|secret|password|passw0rd|token|todo|test|admin)$",
     re.I,
@@ -110,6 +112,17 @@ def _one_path(model: Any) -> Any:
 def address(node: dict[str, Any], host: str) -> str:
     """Return the address at which the lab reaches a node (declaration.md: node_address)."""
     return str(node.get("node_address") or node.get("ansible_host") or host)
+
+
+def door_host(declaration: dict[str, Any]) -> str | None:
+    """Return the host with the alert door: where alerts are told to somebody, the first of group control."""
+    told = "node" in declaration["lab"].get("lab_services", {}).get("alertmanager", {})
+    return declaration["groups"]["control"][0] if told and declaration["groups"]["control"] else None
+
+
+def generated_secrets(declaration: dict[str, Any]) -> list[str]:
+    """Return the names of the secrets that this lab needs and that this collection makes where they are absent."""
+    return [name for name in GENERATED_SECRETS if name != HEALER_SECRET or door_host(declaration)]
 
 
 def listed(value: Any) -> list[Any]:
@@ -230,6 +243,8 @@ def _validate(declaration: dict[str, Any]) -> tuple[list[str], list[str]]:
         return [*problems, *_addresses(declaration)], []
     problems += [
         *_addresses(declaration),
+        *_wakes(declaration),
+        *_doors(declaration),
         *_services(declaration, catalogue),
         *_ports(declaration, catalogue),
         *_models(declaration),
@@ -268,6 +283,30 @@ def _addresses(declaration: dict[str, Any]) -> Iterator[str]:
             yield (
                 f"Hosts {' and '.join(hosts)} have the same address {one}; "
                 "give each its own (ansible_host or node_address)."
+            )
+
+
+def _wakes(declaration: dict[str, Any]) -> Iterator[str]:
+    """Who is woken can be."""
+    for host, node in declaration["nodes"].items():
+        wake = node.get("node_wake", {})
+        if wake.get("method") == "wol" and "mac" not in wake:
+            yield f"{host}: node_wake.mac is missing; Wake-on-LAN needs the address of the machine's network card."
+        if wake.get("method") == "plug" and not str(wake.get("address", "")).startswith(("http://", "https://")):
+            yield (
+                f"{host}: node_wake.address is no URL; give the one that switches the plug on, "
+                "for example http://10.0.0.7/relay/0?turn=on."
+            )
+
+
+def _doors(declaration: dict[str, Any]) -> Iterator[str]:
+    """Who repairs the lab reaches its hosts as they are declared."""
+    door = door_host(declaration)
+    for host, node in declaration["nodes"].items():
+        if door and host != door and node.get("ansible_connection") == "local":
+            yield (
+                f"{host} has ansible_connection local, and {door} is to repair the lab by itself and would take itself "
+                f"for {host}; give {host} its ansible_host and let Ansible log in, or make it the control node."
             )
 
 
@@ -489,6 +528,13 @@ def _warnings(declaration: dict[str, Any], catalogue: dict[str, Any]) -> Iterato
         )
     elif not lab.get("lab_witness"):
         yield "lab_witness is not set: the healer cannot tell a dead node from its own network being cut."
+    homes = {name: entry.get("node") for name, entry in lab.get("lab_services", {}).items()}
+    for name, other, price in (
+        ("alertmanager", "prometheus", "no alert reaches it"),
+        ("prometheus", "litellm", "only machines are watched, no servers"),
+    ):
+        if homes.get(name) and homes.get(other) != homes[name]:
+            yield f"{name} is not on the node of {other}: {price}. Give both the same lab_services.NAME.node."
     later = [
         name
         for name, entry in lab.get("lab_services", {}).items()

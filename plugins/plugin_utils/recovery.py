@@ -58,7 +58,7 @@ def person(host: str, seen: dict[str, Any]) -> str:
 def summary(report: dict[str, Any]) -> str:
     """Return a report for people, a line for each thing that was found, done, or is left.
 
-    :param report: C({node, seconds, outcome, found, steps, persons, left}); found and left are results of module
+    :param report: C({node, seconds, outcome, found, steps, moved, persons, left}); found and left are results of module
         health_probe, steps C({rung, name, host, seconds, after}).
     """
     called = f", called for {report['node']}" if report["node"] else ""
@@ -73,6 +73,7 @@ def summary(report: dict[str, Any]) -> str:
         lines.append(
             f"  did    {step['rung']} {step['name']} on {step['host']}: {step['after']} after {step['seconds']:.0f} s"
         )
+    lines += [f"  moved  {sentence}" for sentence in report.get("moved", [])]
     lines += [f"  needs a person: {sentence}" for sentence in report["persons"]]
     lines += [f"  still {one['state']}: {one['name']}" for one in report["left"]]
     return "\n".join(lines)

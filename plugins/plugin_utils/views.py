@@ -13,12 +13,17 @@ from typing import Any
 from ansible_collections.homelab.inference.plugins.module_utils.placement import server_name, servers
 from ansible_collections.homelab.inference.plugins.module_utils.probe import TURNS
 from ansible_collections.homelab.inference.plugins.module_utils.registry import pinned
+from ansible_collections.homelab.inference.plugins.plugin_utils import alerts
 from ansible_collections.homelab.inference.plugins.plugin_utils import lab as lab_module
 
 # Role variables that name images; their defaults in the roles are the one place where an image is written down.
 IMAGE_VARIABLES = ("inference_node_images", "haproxy_image", "litellm_image")
+# Those of services that not every lab has.
+SERVICE_IMAGES = {"prometheus": "prometheus_image", "alertmanager": "alertmanager_image"}
 # Where the gateway finds its model servers: role haproxy's container and port, and the network of both.
 BALANCER, NETWORK = "http://haproxy:8080", "homelab-inference"
+# Where role prometheus finds Alertmanager, and that one the alert door on the control node (role healer).
+ALERTMANAGER, DOOR_PORT = "alertmanager:9093", 9099
 # The gateway's container, before which haproxy stands as well.
 GATEWAY = "litellm"
 DEFAULT_TIMEOUT_S = 8
@@ -45,6 +50,15 @@ def image(name: str, declaration: dict[str, Any], lock: dict[str, Any]) -> str:
     return pinned(behind, lock["digests"].get(behind))
 
 
+def image_variables(declaration: dict[str, Any]) -> list[str]:
+    """Return the role variables whose images a lab needs."""
+    services = declaration["lab"].get("lab_services", {})
+    return [
+        *IMAGE_VARIABLES,
+        *(name for service, name in SERVICE_IMAGES.items() if "node" in services.get(service, {})),
+    ]
+
+
 def planned_images(declaration: dict[str, Any], images: dict[str, Any], instances: list[dict[str, Any]]) -> list[str]:
     """Return the images that a plan needs, behind the mirror."""
     names = [
@@ -54,6 +68,7 @@ def planned_images(declaration: dict[str, Any], images: dict[str, Any], instance
     ]
     if "node" in declaration["lab"].get("lab_services", {}).get("litellm", {}):
         names += [images["haproxy_image"], images["litellm_image"]]
+    names += [images[variable] for variable in image_variables(declaration) if variable in SERVICE_IMAGES.values()]
     return [mirrored(name, declaration["lab"].get("lab_registry_mirror")) for name in dict.fromkeys(names)]
 
 
@@ -426,6 +441,7 @@ def views(
     :param resting: hosts in maintenance.
     """
     services = declaration["lab"].get("lab_services", {})
+    watched, healed_from = "node" in services.get("prometheus", {}), lab_module.door_host(declaration)
     mirror = declaration["lab"].get("lab_registry_mirror")
     gate = gateway(declaration, lock, catalogue) if lock else None
     result: dict[str, dict[str, Any]] = {}
@@ -442,6 +458,10 @@ def views(
             roles.append("haproxy")
         if roles:
             roles.insert(0, "docker_host")
+            if watched:
+                roles.append("node_exporter")
+        if host == healed_from:
+            roles += ["controller", "healer"]
         instances = (
             [server_view(members, declaration, lock) for members in servers(_on(host, declaration, lock))]
             if lock
@@ -463,7 +483,49 @@ def views(
             "haproxy": balancer(declaration, lock, resting) if lock and gate and gate["host"] == host else None,
             "litellm": gate if gate and gate["host"] == host else None,
         }
+    if lock:
+        _watch(result, declaration, lock, gate, healed_from)
     return result
+
+
+def _watch(
+    result: dict[str, dict[str, Any]],
+    declaration: dict[str, Any],
+    lock: dict[str, Any],
+    gate: dict[str, Any] | None,
+    door: str | None,
+) -> None:
+    """Add what roles prometheus, alertmanager and healer take, to the views of the hosts that have them."""
+    services = declaration["lab"].get("lab_services", {})
+    nodes = [host for host, view in result.items() if "node_exporter" in view["roles"]]
+    for host, view in result.items():
+        if "prometheus" in view["roles"]:
+            near = gate["host"] if gate and gate["host"] == host else None
+            view["prometheus"] = {
+                "image": image(lock["images"]["prometheus_image"], declaration, lock),
+                "network": NETWORK,
+                "scrape_configs": alerts.scrape_configs(
+                    {node: result[node]["address"] for node in nodes}, "haproxy:8080" if near else None, near
+                ),
+                "rule_groups": alerts.rule_groups(
+                    [
+                        {"name": one["name"], "host": one["host"], "ready_timeout": READY_TIMEOUT_S}
+                        for one in model_servers(declaration, lock)
+                    ],
+                    nodes,
+                    guests(declaration),
+                    near,
+                ),
+                "alertmanagers": [ALERTMANAGER] if "node" in services.get("alertmanager", {}) else [],
+            }
+        if "alertmanager" in view["roles"]:
+            view["alertmanager"] = {
+                "image": image(lock["images"]["alertmanager_image"], declaration, lock),
+                "network": NETWORK,
+                "door": f"http://{result[door]['address']}:{DOOR_PORT}/hooks/recover" if door else None,
+            }
+        if host == door:
+            view["healer"] = {"nodes": nodes, "address": view["address"], "port": DOOR_PORT}
 
 
 def rolling(derived: dict[str, dict[str, Any]], slices: dict[str, dict[str, Any]]) -> list[str]:

@@ -8,13 +8,14 @@ Needs the box (./lab up), and leaves it as it was.
 
 from __future__ import annotations
 
+import copy
 import datetime
 import subprocess
 import time
 from typing import Any
 
 import yaml
-from test_answers import BOX, GATEWAY, ask, on
+from test_answers import BOX, GATEWAY, INVENTORY, LAB, ROOT, ask, chat, on
 from test_changes import answers, balancer, good, playbook, recover, server_states
 
 from tests.sample import long
@@ -85,6 +86,46 @@ def test_a_damaged_model_file_that_looks_as_before_is_fetched_again() -> None:
     on("lithium", f"dd if=/dev/zero of={path} bs=64 count=1 conv=notrunc; touch -r /tmp/before {path}; rm /tmp/before")
     done = rungs(recover())
     assert done[-1] == ("fetch", name.removeprefix("llamacpp-"), "HEALTHY")
+
+
+@long
+def test_what_a_dead_node_had_runs_elsewhere_until_it_is_taken_back() -> None:
+    models = copy.deepcopy(LAB["lab_models"])
+    models["code"]["source"] = {"file": str(BOX / "models" / "code.gguf")}
+    models["embed"]["source"] = {"file": str(BOX / "models" / "embed.gguf")}
+    secrets = yaml.safe_load((INVENTORY / "group_vars" / "all" / "secrets.yml").read_text(encoding="utf-8"))
+
+    def code() -> str:
+        status, _answer, headers = chat(secrets, "code")
+        assert status == 200
+        return (
+            "chat" if any("fallback" in name and value not in ("", "0") for name, value in headers.items()) else "code"
+        )
+
+    good(playbook("plan", models=models))
+    good(playbook("site", models=models))
+    assert "llamacpp-code" in on("helium", "docker ps --format '{{.Names}}'").split()
+    subprocess.run(["docker", "stop", "helium"], check=True, capture_output=True, timeout=120)
+    try:
+        done = subprocess.run([str(ROOT / "lab"), "recover"], capture_output=True, text=True, timeout=600, check=False)
+        assert done.returncode == 2, done.stdout[-4000:]
+        assert "helium does not answer over SSH" in done.stdout
+        assert "moved  code runs on lithium instead of helium" in done.stdout, done.stdout[-4000:]
+        assert "llamacpp-code-2" in on("lithium", "docker ps --format '{{.Names}}'").split()
+        assert code() == "code"
+    finally:
+        subprocess.run(["docker", "start", "helium"], check=True, capture_output=True, timeout=120)
+        answers("helium")
+    shown = good(playbook("site", models=models))
+    assert "code runs on lithium instead of helium" in shown
+    assert "llamacpp-code" not in on("helium", "docker ps --all --format '{{.Names}}'").split()
+    assert code() == "code"
+    good(playbook("site", "-e", "lab_take_back=true", models=models))
+    assert "llamacpp-code-2" not in on("lithium", "docker ps --all --format '{{.Names}}'").split()
+    assert "llamacpp-code" in on("helium", "docker ps --format '{{.Names}}'").split()
+    assert code() == "code"
+    good(playbook("plan"))
+    good(playbook("site"))
 
 
 def test_after_a_restart_of_its_engine_the_gateway_is_still_found_by_name() -> None:

@@ -502,6 +502,17 @@ def test_from_the_controller_over_ssh_and_sudo(engine, prefix, node, task, tmp_p
     again = task(**want)
     assert (again.changed, again.hashed_bytes) == (False, 0)
 
+    # Whoever repairs the node later may not have the file: good as it is there, it is not asked for.
+    path.unlink()
+    want["files"] = [{**want["files"][0], "size": size}]
+    kept = task(**want)
+    assert (kept.changed, kept.hashed_bytes) == (False, 0)
+    with (directory / "chat.gguf").open("r+b") as handle:
+        handle.write(b"damaged")
+    lost = task(**want)
+    assert lost.failed
+    assert f"{path} is not on this machine. Run this where that file lies." in lost.msg
+
 
 def test_a_controller_that_goes_away_while_sending(engine, prefix, node, task, tmp_path):
     _container, variables = node

@@ -48,6 +48,43 @@ def test_a_good_lab_has_no_problem() -> None:
 
 
 @pytest.mark.parametrize(
+    ("wake", "sentence"),
+    [
+        ({"method": "wol"}, "rig: node_wake.mac is missing"),
+        ({"method": "wol", "mac": "a8:a1:59:00:11:22"}, ""),
+        ({"method": "plug", "address": "192.0.2.9"}, "rig: node_wake.address is no URL"),
+        ({"method": "plug", "address": "http://192.0.2.9/relay/0?turn=on"}, ""),
+    ],
+)
+def test_who_is_woken_can_be(wake: dict[str, str], sentence: str) -> None:
+    declaration = copy.deepcopy(GOOD)
+    declaration["nodes"]["rig"]["node_wake"] = wake
+    found = lab.validate(declaration)[0]
+    assert found == [] if not sentence else sentence in found[0]
+
+
+def test_who_repairs_the_lab_is_the_only_one_that_is_reached_locally() -> None:
+    declaration = copy.deepcopy(GOOD)
+    declaration["lab"]["lab_services"] |= {"prometheus": {"node": "nuc"}, "alertmanager": {"node": "nuc"}}
+    declaration["nodes"]["nuc"]["ansible_connection"] = "local"
+    assert lab.validate(declaration)[0] == []
+    declaration["nodes"]["forge"]["ansible_connection"] = "local"
+    (problem,) = lab.validate(declaration)[0]
+    assert problem.startswith("forge has ansible_connection local, and nuc is to repair the lab")
+
+
+def test_who_watches_and_who_is_watched_are_on_one_node_or_somebody_says_what_that_costs() -> None:
+    def warnings(**homes: str) -> str:
+        declaration = copy.deepcopy(GOOD)
+        declaration["lab"]["lab_services"] |= {name: {"node": home} for name, home in homes.items()}
+        return " ".join(lab.validate(declaration)[1])
+
+    assert "is not on the node of" not in warnings(prometheus="nuc", alertmanager="nuc")
+    assert "alertmanager is not on the node of prometheus" in warnings(prometheus="nuc", alertmanager="forge")
+    assert "prometheus is not on the node of litellm" in warnings(prometheus="forge", alertmanager="forge")
+
+
+@pytest.mark.parametrize(
     ("changes", "sentence"),
     [
         ({"lab_model": {}}, "lab_model is not a known key; did you mean lab_models?"),

@@ -9,8 +9,8 @@ import copy
 from typing import Any
 
 import pytest
+from ansible_collections.homelab.inference.plugins.plugin_utils import lab, planning, views
 from ansible_collections.homelab.inference.plugins.plugin_utils import lock as lock_module
-from ansible_collections.homelab.inference.plugins.plugin_utils import planning, views
 from ansible_collections.homelab.inference.plugins.plugin_utils.schema import load
 
 CATALOGUE = load("catalogue.yml")
@@ -86,6 +86,50 @@ def test_roles_follow_groups_and_services() -> None:
     native = copy.deepcopy(DECLARATION)
     native["nodes"]["rig"]["node_runtime"] = "native"
     assert views.views(native, LOCK, CATALOGUE)["rig"]["roles"] == []
+
+
+def watched() -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the lab with Prometheus and Alertmanager beside the gateway, and its lock."""
+    declaration, lock = copy.deepcopy(DECLARATION), copy.deepcopy(LOCK)
+    declaration["lab"]["lab_services"] |= {"prometheus": {"node": "nuc"}, "alertmanager": {"node": "nuc"}}
+    declaration["groups"]["control"] = ["nuc"]
+    lock["images"] |= {"prometheus_image": "docker.io/x/prom:1", "alertmanager_image": "docker.io/x/alert:1"}
+    return declaration, lock
+
+
+def test_a_lab_that_is_watched_has_roles_for_it_and_one_that_is_not_has_none() -> None:
+    declaration, lock = watched()
+    derived = views.views(declaration, lock, CATALOGUE)
+    assert derived["nuc"]["roles"] == [
+        *("docker_host", "litellm", "prometheus", "alertmanager", "haproxy", "node_exporter", "controller", "healer")
+    ]
+    assert derived["forge"]["roles"] == ["docker_host", "inference_node", "node_exporter"]
+    assert derived["nuc"]["healer"]["nodes"] == ["nuc", "forge", "rig"]
+    assert derived["nuc"]["alertmanager"]["door"] == f"http://{derived['nuc']['address']}:9099/hooks/recover"
+    assert views.image_variables(declaration)[-2:] == ["prometheus_image", "alertmanager_image"]
+    assert lab.generated_secrets(declaration)[-1] == "lab_secret_healer"
+    plain = views.views(DECLARATION, LOCK, CATALOGUE)
+    assert not {"healer", "prometheus", "node_exporter"} & {role for view in plain.values() for role in view["roles"]}
+    assert len(lab.generated_secrets(DECLARATION)) == 2
+    assert len(views.image_variables(DECLARATION)) == 3
+
+
+def test_each_node_has_its_alerts_and_a_guest_that_is_off_is_none() -> None:
+    declaration, lock = watched()
+    declaration["nodes"]["rig"]["node_presence"] = "guest"
+    view = views.views(declaration, lock, CATALOGUE)["nuc"]["prometheus"]
+    rules = {group["name"]: {rule["alert"]: rule for rule in group["rules"]} for group in view["rule_groups"]}
+    assert list(rules) == ["nuc", "forge", "rig"]
+    assert set(rules["nuc"]) == {"NodeDown", "ContainerEngineDown", "GatewayDown", "BalancerDown"}
+    assert set(rules["forge"]) == {"NodeDown", "ContainerEngineDown", "ModelServerDown", "ModelServerLoading"}
+    assert "NodeDown" not in rules["rig"]
+    assert 'server=~"chat-2|code"' in rules["rig"]["ModelServerDown"]["expr"]
+    assert all(rule["labels"] == {"node": host} for host, found in rules.items() for rule in found.values())
+    assert [job["job"] for job in view["scrape_configs"]] == ["node", "haproxy"]
+    elsewhere = copy.deepcopy(declaration)
+    elsewhere["lab"]["lab_services"]["litellm"] = {"node": "forge"}
+    view = views.views(elsewhere, lock, CATALOGUE)["nuc"]["prometheus"]
+    assert [job["job"] for job in view["scrape_configs"]] == ["node"], "it does not reach HAProxy there"
 
 
 def test_a_file_in_the_library_is_mounted_and_handed_over_to_the_node_that_lacks_it() -> None:
