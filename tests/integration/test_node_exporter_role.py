@@ -29,6 +29,8 @@ NOTE = "/etc/homelab-inference/node-exporter-package"
 DIRECTORIES = "Configure | Make the directories"
 OPTIONS = "Configure | Write the options of its unit"
 RUN = "Run | Run it with its options"
+ENGINE = {"Configure | Write the unit that asks the container engine", "Run | Ask the container engine from now on"}
+ENGINE_GONE = {"Engine | Ask it no more", "Engine | Remove its unit", "Engine | Remove what it wrote"}
 INSTALLATION = {
     "Install | Make the directory for notes",
     "Install | Note that it comes from this role",
@@ -36,7 +38,7 @@ INSTALLATION = {
 }
 REMOVED_OPTIONS = "Remove | Remove the options"
 RESTORED = "Remove | Run the exporter that was there before with its own options"
-REMOVED_FILES = "Remove | Remove the metrics and the note"
+REMOVED_NOTE = "Remove | Remove the note"
 REMOVED_ABOVE = "Remove | Remove the directories above when nobody else keeps something in them"
 
 
@@ -88,12 +90,13 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
 
 
 def test_a_dry_run_names_what_would_be_made(host: Host) -> None:
-    assert host.apply("--check") == {DIRECTORIES, OPTIONS, "Install | Say what would be installed"}
+    unit = "Configure | Write the unit that asks the container engine"
+    assert host.apply("--check") == {DIRECTORIES, OPTIONS, unit, "Install | Say what would be installed"}
     host(f"! ls {DROPIN} && ! ls {METRICS} && ! ls /usr/bin/prometheus-node-exporter")
 
 
 def test_it_shows_the_machine_and_the_metrics_of_others(host: Host) -> None:
-    assert host.apply() == {DIRECTORIES, OPTIONS} | INSTALLATION
+    assert host.apply() == {DIRECTORIES, OPTIONS} | INSTALLATION | ENGINE
     host(f"echo 'lab_answer 42' >{METRICS}/lab.prom.new && mv {METRICS}/lab.prom.new {METRICS}/lab.prom")
     shown = host.metrics()
     for name in ("node_memory_MemAvailable_bytes", "node_cpu_seconds_total", "node_filesystem_avail_bytes"):
@@ -111,6 +114,17 @@ def test_a_second_run_changes_nothing(host: Host) -> None:
     assert host.apply("--check") == set()
     assert host.apply() == set()
     assert host.started() == before
+
+
+def test_it_tells_whether_the_container_engine_answers(host: Host) -> None:
+    until("an engine that answers", lambda: "\nhomelab_container_engine_up 1\n" in host.metrics())
+    host("systemctl kill --kill-whom=main --signal=SIGSTOP docker.service")
+    until("one that hangs", lambda: "\nhomelab_container_engine_up 0\n" in host.metrics())
+    host("systemctl kill --kill-whom=main --signal=SIGCONT docker.service")
+    until("one that answers again", lambda: "\nhomelab_container_engine_up 1\n" in host.metrics())
+    assert host.apply(node_exporter_container_engine=False) == ENGINE_GONE
+    assert "homelab_container_engine_up" not in host.metrics()
+    assert host.apply() == ENGINE
 
 
 def test_a_change_takes_effect_also_after_an_interrupted_run(host: Host) -> None:
@@ -135,10 +149,16 @@ def test_one_that_does_not_start_is_told_with_its_reason(host: Host) -> None:
 
 def test_removal_takes_what_the_role_installed(host: Host) -> None:
     planned = host.apply("--check", tasks_from="remove")
-    assert planned == {"Remove | Announce that the package would go", REMOVED_OPTIONS, REMOVED_FILES}
+    assert planned == {"Remove | Announce that the package would go", REMOVED_OPTIONS, REMOVED_NOTE} | ENGINE_GONE
     assert host(f"cat {NOTE}") == "prometheus-node-exporter"
     removed = host.apply(tasks_from="remove")
-    assert removed >= {"Remove | Remove the package that this role installed", REMOVED_OPTIONS, REMOVED_FILES}
+    assert (
+        removed >= {"Remove | Remove the package that this role installed", REMOVED_OPTIONS, REMOVED_NOTE} | ENGINE_GONE
+    )
+    # What other programs left there is theirs.
+    assert host(f"ls {METRICS}; cat {METRICS}/lab.prom").split("\n") == ["lab.prom", "lab_answer 42"]
+    host(f"rm {METRICS}/lab.prom")
+    assert host.apply(tasks_from="remove") == {REMOVED_ABOVE}
     host(f"! ls /usr/bin/prometheus-node-exporter && ! ls {DROPIN} && ! ls /etc/default/prometheus-node-exporter")
     host("! ls /var/lib/homelab-inference && ! ls /etc/homelab-inference")
     assert host.apply(tasks_from="remove") == set()
@@ -148,10 +168,10 @@ def test_one_that_was_there_before_stays_and_runs_as_before(host: Host) -> None:
     host("DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends prometheus-node-exporter")
     until("its start", lambda: host.run("curl -sf http://127.0.0.1:9100/metrics", check=False).returncode == 0)
     assert "node_netstat" in host.metrics()
-    assert host.apply() == {DIRECTORIES, OPTIONS, RUN}
+    assert host.apply() == {DIRECTORIES, OPTIONS, RUN} | ENGINE
     assert "node_netstat" not in host.metrics()
     assert host.apply() == set()
-    assert host.apply(tasks_from="remove") >= {REMOVED_OPTIONS, RESTORED, REMOVED_FILES, REMOVED_ABOVE}
+    assert host.apply(tasks_from="remove") >= {REMOVED_OPTIONS, RESTORED, REMOVED_ABOVE} | ENGINE_GONE
     until("its start", lambda: host.run("curl -sf http://127.0.0.1:9100/metrics", check=False).returncode == 0)
     assert "node_netstat" in host.metrics()
     assert host.apply(tasks_from="remove") == set()
