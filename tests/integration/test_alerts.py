@@ -12,6 +12,9 @@ from pathlib import Path
 import pytest
 from ansible_collections.homelab.inference.plugins.plugin_utils import alerts
 
+from tests.sample import long
+
+pytestmark = long
 ROOT = Path(__file__).resolve().parents[2]
 IMAGE = "homelab-inference/prometheus:dev"
 SERVERS = [
